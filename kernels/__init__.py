@@ -1,0 +1,20 @@
+"""Attention operations: one signature for every mechanism, checked against eager oracles."""
+
+__version__ = "0.1.0"
+
+from kernels.attention import attention
+from kernels.decode import attention_decode, latent_decode
+from kernels.mga import closed_form_fitness, gene_fitness, genetic_attention
+from kernels.mla import latent_attention
+from kernels.reference import rotate
+
+__all__ = [
+    "attention",
+    "attention_decode",
+    "closed_form_fitness",
+    "gene_fitness",
+    "genetic_attention",
+    "latent_attention",
+    "latent_decode",
+    "rotate",
+]

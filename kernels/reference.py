@@ -1,0 +1,258 @@
+"""The eager oracle of every op: a few obvious lines each, in whatever type the inputs have.
+
+`visible` is the one definition of who sees whom. Matrix products run in the input type and
+softmaxes in fp32 (fp64 for fp64 inputs), so that on rounded inputs these are the twins that the
+fused kernels are measured against, and in fp64 the truth. Everything here is quadratic in T.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from torch import Tensor
+
+
+def visible(
+    q_pos: Tensor,
+    k_pos: Tensor,
+    *,
+    causal: bool = True,
+    window_size: int | None = None,
+    q_sequence: Tensor | None = None,
+    k_sequence: Tensor | None = None,
+) -> Tensor:
+    """Which keys each query sees: 0 <= q_pos - k_pos < window_size, in the same sequence.
+
+    Args:
+        q_pos: [..., Tq] integer positions of the queries.
+        k_pos: [..., Tk] integer positions of the keys.
+        causal: False drops the condition 0 <= q_pos - k_pos.
+        window_size: keys seen, the query's own included; None is unlimited.
+        q_sequence, k_sequence: [..., Tq], [..., Tk] index of each token's packed sequence.
+
+    Returns:
+        Boolean [..., Tq, Tk].
+    """
+    distance = q_pos[..., :, None] - k_pos[..., None, :]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        seen = seen & (distance >= 0)
+    if window_size is not None:
+        seen = seen & (distance < window_size)
+    if q_sequence is not None and k_sequence is not None:
+        seen = seen & (q_sequence[..., :, None] == k_sequence[..., None, :])
+    return seen
+
+
+def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Index of the packed sequence that each of `tokens` tokens belongs to, [T]."""
+    position = torch.arange(tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, halves rotated as in Llama: (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Args:
+        x: [B, T, H, D], D even; x1 and x2 are the halves of its last axis.
+        cos, sin: [T, D/2] or [B, T, D/2], fp32.
+
+    Returns:
+        [B, T, H, D] in x's type, computed in at least fp32.
+
+    Source: RoFormer, arXiv 2104.09864.
+    """
+    first, second = x.to(_accumulator(x)).chunk(2, dim=-1)
+    cos, sin = cos[..., :, None, :], sin[..., :, None, :]  # over heads
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window_size: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(scale q k^T) v over visible keys, and the lse: oracle of `kernels.attention`."""
+    t_q, t_k = q.shape[1], k.shape[1]
+    k_pos = torch.arange(t_k, device=q.device)
+    q_pos = torch.arange(t_k - t_q, t_k, device=q.device)  # both sequences end together
+    sequence = None if cu_seqlens is None else sequence_index(cu_seqlens, t_k)
+    seen = visible(
+        q_pos,
+        k_pos,
+        causal=causal,
+        window_size=window_size,
+        q_sequence=sequence,
+        k_sequence=sequence,
+    )
+    return _attend(q, k, v, seen, scale, sinks)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    window_size: int | None = None,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The newest token against its cache: oracle of `kernels.attention_decode`."""
+    k_pos = torch.arange(k_cache.shape[1], device=q.device)
+    q_pos = cache_lengths[:, None] - 1  # [B, 1]
+    seen = visible(q_pos, k_pos, window_size=window_size)[:, None]  # [B, 1, 1, S]
+    o, _ = _attend(q[:, None], k_cache, v_cache, seen, scale, sinks)
+    return o[:, 0]
+
+
+def latent_attention(
+    q_nope: Tensor,
+    q_rope: Tensor | None,
+    k_nope: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window_size: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Attention over q = [nope | rope], k = [nope | shared rope]: oracle of MLA as trained."""
+    if q_rope is not None and k_rope is not None:
+        shared = repeat(k_rope, "b t d -> b t h d", h=k_nope.shape[2])
+        q_nope, k_nope = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, shared), dim=-1)
+    o, _ = attention(q_nope, k_nope, v, window_size=window_size, scale=scale, cu_seqlens=cu_seqlens)
+    return o
+
+
+def latent_decode(
+    q_latent: Tensor,
+    q_rope: Tensor | None,
+    latent_cache: Tensor,
+    rope_cache: Tensor | None,
+    cache_lengths: Tensor,
+    *,
+    window_size: int | None = None,
+    scale: float,
+) -> Tensor:
+    """MLA absorbed: K = [latent | rope] and V = latent are one head that every query shares."""
+    q, k = q_latent, latent_cache
+    if q_rope is not None and rope_cache is not None:
+        q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, rope_cache), dim=-1)
+    return attention_decode(
+        q,
+        k[:, :, None],
+        latent_cache[:, :, None],
+        cache_lengths,
+        window_size=window_size,
+        scale=scale,
+    )
+
+
+def closed_form_fitness(
+    expression: Tensor, g: Tensor, e: Tensor | None = None, *, environment: str = "query"
+) -> Tensor:
+    """gamma = softmax_D(log eps - log(phi + 1/2)): gene fitness at the game's equilibrium.
+
+    Args:
+        expression: phi [..., D], mean expression of each gene in the window, in (0, 1).
+        g: [..., D], logits of the genes; eps = sigmoid(g) for "kin".
+        e: [..., D], logits of the environment; eps = sigmoid(e) for "query".
+        environment: "query" (default), "kin" or "none", where eps = 1.
+
+    Returns:
+        gamma [..., D] in expression's type, positive, summing to 1 over D.
+    """
+    logits = {"query": e, "kin": g, "none": None}[environment]
+    rarity = -torch.log(expression + 0.5)
+    if logits is None:
+        return torch.softmax(rarity, dim=-1)
+    return torch.softmax(rarity + F.logsigmoid(logits.to(rarity.dtype)), dim=-1)
+
+
+def gene_fitness(
+    g: Tensor,
+    e: Tensor | None = None,
+    *,
+    window_size: int,
+    environment: str = "query",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """gamma from the causal window's mean expression: oracle of `kernels.gene_fitness`."""
+    position = torch.arange(g.shape[1], device=g.device)
+    sequence = None if cu_seqlens is None else sequence_index(cu_seqlens, g.shape[1])
+    seen = visible(
+        position, position, window_size=window_size, q_sequence=sequence, k_sequence=sequence
+    )
+    genes = g.to(_accumulator(g))
+    share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True)  # 1/n_i on the window
+    expression = einsum(share, torch.sigmoid(genes), "i j, b j h d -> b i h d")
+    return closed_form_fitness(expression, g, e, environment=environment)
+
+
+def genetic_attention(
+    g: Tensor,
+    e: Tensor | None,
+    v: Tensor,
+    selection_pressure: Tensor,
+    *,
+    window_size: int,
+    environment: str = "query",
+    rope: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Selection of organisms by fitness <gamma_i, p_j>: oracle of `kernels.genetic_attention`."""
+    gamma = gene_fitness(
+        g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
+    )
+    q = gamma * selection_pressure[:, None] * g.shape[-1] ** 0.5
+    k = torch.sigmoid(g.to(gamma.dtype))
+    if rope is not None:
+        q, k = rotate(q, *rope), rotate(k, *rope)
+    q, k = q.to(g.dtype), k.to(g.dtype)
+    o, _ = attention(q, k, v, window_size=window_size, scale=1.0, cu_seqlens=cu_seqlens)
+    return o
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,  # boolean, broadcasts to [B, HQ, Tq, Tk]
+    scale: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the seen keys, and its lse [B, Tq, HQ]."""
+    heads = q.shape[2]
+    k = repeat(k, "b t h d -> b t (h g) d", g=heads // k.shape[2])
+    v = repeat(v, "b t h d -> b t (h g) d", g=heads // v.shape[2])
+    scores = einsum(q, k, "b i h d, b j h d -> b h i j").to(_accumulator(q))
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+
+    # A row that sees nothing must give zeros and finite gradients, so its pivot stays finite
+    # and its total is replaced before the logarithm.
+    lowest = torch.finfo(scores.dtype).min
+    pivot = scores.detach().amax(dim=-1, keepdim=True).clamp(min=lowest)
+    weights = torch.exp(scores - pivot)
+    total = weights.sum(dim=-1, keepdim=True)
+    sees_any = total > 0
+    total = torch.where(sees_any, total, 1.0)
+    lse = torch.where(sees_any, pivot + torch.log(total), float("-inf"))
+    weights = (weights / total)[..., : k.shape[1]].to(v.dtype)
+    o = einsum(weights, v, "b h i j, b j h d -> b i h d")
+    return o, rearrange(lse, "b h i 1 -> b i h")
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

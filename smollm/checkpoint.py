@@ -1,0 +1,70 @@
+"""Files that are either whole or absent, and trained models to keep."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from smollm.config import Mechanism, ModelConfig, build_model
+from smollm.model import SmolLM
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary file beside path, then move it there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write value as indented JSON, atomically; paths become strings."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_model(
+    path: Path, model: SmolLM, mechanism: Mechanism, config: ModelConfig, **about: Any
+) -> None:
+    """Save weights and everything that rebuilds the model, for `load_model`.
+
+    Args:
+        path: file to write; it loads with `torch.load(path, weights_only=True)`.
+        model: the model.
+        mechanism, config: what `build_model` built it from.
+        about: further plain values to keep.
+    """
+    content = {
+        "mechanism": mechanism,
+        "model_config": dataclasses.asdict(config),
+        "vocab_size": model.vocab_size,
+        "state_dict": model.state_dict(),
+        **about,
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> SmolLM:
+    """The model that `save_model` wrote, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a model of this library.
+    """
+    content = torch.load(path, map_location=device, weights_only=True)
+    try:
+        model = build_model(
+            content["mechanism"], ModelConfig(**content["model_config"]), content["vocab_size"]
+        )
+        model.load_state_dict(content["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a model saved by save_model, got {error!r}") from error
+    return model.to(device).eval()

@@ -1,0 +1,327 @@
+"""SmolLM: a Llama-style decoder in which the attention mechanism can be swapped."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smollm.attention import NORM_EPS, Attention, init_linear
+from smollm.cache import Cache
+from smollm.layers import Block, NormStrategy, SwiGLU
+from smollm.padding import packing
+from smollm.rope import token_positions
+
+IGNORED = -100
+
+
+def create_smollm_with_attention(
+    attention_module: Attention,
+    vocab_size: int = 49152,
+    embed_dim: int = 576,
+    num_layers: int = 30,
+    ffn_hidden_dim: int = 1536,
+    max_seq_len: int = 2048,
+    dropout: float = 0.0,
+    use_bias: bool = False,
+    tie_embeddings: bool = True,
+    norm_strategy: NormStrategy = "pre",
+) -> "SmolLM":
+    """Build a SmolLM around a mechanism; the defaults are SmolLM2-135M's shape.
+
+    Args:
+        attention_module: the prototype. Every layer gets its own, freshly initialised copy,
+            made causal; the prototype itself is not used.
+        vocab_size: tokens. Default 49,152.
+        embed_dim: model width, which must be the prototype's. Default 576.
+        num_layers: blocks. Default 30.
+        ffn_hidden_dim: inner width of the SwiGLU. Default 1536.
+        max_seq_len: longest sequence accepted. Default 2048.
+        dropout: on embeddings and MLP outputs; the prototype carries its own. Default 0.
+        use_bias: biases in the MLP; the prototype carries its own. Default False.
+        tie_embeddings: the output head shares the embedding's weights. Default True.
+        norm_strategy: "pre" (default), "post" or "sandwich".
+
+    Returns:
+        A `SmolLM` in fp32 on the CPU.
+
+    Raises:
+        TypeError, ValueError: no such module, widths that disagree, an unknown strategy.
+    """
+    return SmolLM(
+        attention_module,
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        ffn_hidden_dim=ffn_hidden_dim,
+        max_seq_len=max_seq_len,
+        dropout=dropout,
+        use_bias=use_bias,
+        tie_embeddings=tie_embeddings,
+        norm_strategy=norm_strategy,
+    )
+
+
+class SmolLM(nn.Module):
+    """A causal language model; see `create_smollm_with_attention` for the arguments."""
+
+    def __init__(
+        self,
+        attention_module: Attention,
+        *,
+        vocab_size: int,
+        embed_dim: int,
+        num_layers: int,
+        ffn_hidden_dim: int,
+        max_seq_len: int,
+        dropout: float,
+        use_bias: bool,
+        tie_embeddings: bool,
+        norm_strategy: NormStrategy,
+    ) -> None:
+        super().__init__()
+        if not isinstance(attention_module, Attention):
+            raise TypeError(
+                "attention_module: expected an instance of smollm.attention.Attention, got "
+                f"{attention_module!r}"
+            )
+        if attention_module.embed_dim != embed_dim:
+            raise ValueError(
+                f"attention_module: expected embed_dim={embed_dim}, got "
+                f"{attention_module.embed_dim}"
+            )
+        sizes = {
+            "vocab_size": vocab_size,
+            "num_layers": num_layers,
+            "ffn_hidden_dim": ffn_hidden_dim,
+            "max_seq_len": max_seq_len,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected >= 1, got {size}")
+        self.embed_dim = embed_dim
+        self.vocab_size = vocab_size
+        self.max_seq_len = max_seq_len
+        self.embed_tokens = nn.Embedding(vocab_size, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            Block(
+                copy.deepcopy(attention_module),
+                SwiGLU(embed_dim, ffn_hidden_dim, use_bias, dropout),
+                embed_dim,
+                norm_strategy,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS)
+        self.lm_head = nn.Linear(embed_dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        for attention in self.attentions:
+            attention.is_causal = True
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings and every projection from N(0, 1 / embed_dim), biases 0, norms 1."""
+        nn.init.normal_(self.embed_tokens.weight, std=self.embed_dim**-0.5)
+        if self.lm_head.weight is not self.embed_tokens.weight:
+            init_linear(self.lm_head, self.embed_dim)
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.attention.reset_parameters()
+            for projection in block.mlp.children():
+                if isinstance(projection, nn.Linear):
+                    init_linear(projection, self.embed_dim)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> dict[str, Tensor | None]:
+        """Logits, and with labels the mean cross-entropy of the next token.
+
+        Args:
+            input_ids: integers [B, T].
+            attention_mask: [B, T], True at real tokens, padding at the ends. Default none.
+            labels: [B, T], the input ids; shifted here, once. -100, padding, and the first
+                token of each sequence are no targets. Default none.
+            cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default none.
+            cache: continue the sequences that it holds, and store these tokens. Default none.
+
+        Returns:
+            {"logits": [B, T, vocab_size], "loss": scalar fp32 in nats, or None}; logits at
+            padding are 0.
+
+        Raises:
+            ValueError, TypeError: wrong shapes or ids, more than max_seq_len tokens in a
+                sequence, a mask that is not padding at the ends.
+        """
+        hidden, positions = self.encode(
+            input_ids, attention_mask, cu_seqlens=cu_seqlens, cache=cache
+        )
+        logits = self.lm_head(hidden)
+        if labels is None:
+            return {"logits": logits, "loss": None}
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels: expected input_ids' shape {list(input_ids.shape)}, "
+                f"got {list(labels.shape)}"
+            )
+        targets = labels.masked_fill(positions == 0, IGNORED)
+        return {"logits": logits, "loss": next_token_loss(logits, targets)}
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, T, embed_dim] after the last norm, and positions [T] or [B, T].
+
+        Arguments and errors as `forward`. Padding has hidden state 0 and position 0.
+        """
+        self._check(input_ids, attention_mask, cu_seqlens, cache)
+        batch, tokens = input_ids.shape
+        packed = None if attention_mask is None else packing(attention_mask, batch, tokens)
+        if packed is not None:
+            input_ids, cu_seqlens = packed.pack(input_ids), packed.cu_seqlens
+        positions = token_positions(input_ids.shape[1], cu_seqlens, device=input_ids.device)
+        if cache is not None:
+            full = torch.full((batch,), tokens, dtype=torch.int32, device=input_ids.device)
+            placed = cache.advance(full if packed is None else packed.lengths, tokens)
+            if cache.decoding:
+                positions = placed[:, None]
+
+        x = self.dropout(self.embed_tokens(input_ids))
+        rope = self.attentions[0].rope(positions)
+        for index, block in enumerate(self.layers):
+            x = block(x, rope, cu_seqlens, None if cache is None else cache.layers[index])
+        x = self.norm(x)
+        if packed is None:
+            return x, positions
+        return packed.unpack(x), packed.unpack(positions.view(1, -1))
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> Cache:
+        """An empty cache for batch_size sequences of at most max_tokens tokens each."""
+        windows = [attention.window_size for attention in self.attentions]
+        return Cache(windows, batch_size, max_tokens, self.embed_tokens.weight.device)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue each prompt: [B, T] -> [B, T + max_new_tokens]; see `generate.generate`."""
+        from smollm.generate import generate
+
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            use_cache=use_cache,
+        )
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention module of each layer."""
+        return [block.attention for block in self.layers if isinstance(block, Block)]
+
+    def count_parameters(self) -> int:
+        """Trainable parameters; tied weights count once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def parameters_by_part(self) -> dict[str, int]:
+        """Parameters of the embedding, attention, MLP, norms and an untied head; they sum up."""
+        parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+        for name, parameter in self.named_parameters():
+            if name.startswith("embed_tokens"):
+                part = "embedding"
+            elif name.startswith("lm_head"):
+                part = "head"
+            elif ".attention." in name:
+                part = "attention"
+            else:
+                part = "mlp" if ".mlp." in name else "norms"
+            parts[part] += parameter.numel()
+        return parts
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs per token, averaged over a sequence of seq_len tokens.
+
+        2 per weight of every projection and of the head, and 2 H (D_QK + D_V) per visible
+        query-key pair; training costs three times as much. Norms and softmaxes are left out.
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        pairs = sum(
+            attention.score_and_value_width() * visible_pairs(seq_len, attention.window_size)
+            for attention in self.attentions
+        )
+        return 2 * weights + 2 * pairs // seq_len
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: Cache | None,
+    ) -> None:
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}")
+        if input_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
+        if cu_seqlens is not None and (attention_mask is not None or cache is not None):
+            raise ValueError("cu_seqlens: expected None beside attention_mask or cache")
+        longest = input_ids.shape[1]
+        readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if cu_seqlens is not None:
+            longest = int(cu_seqlens.diff().max()) if readable else 0
+        if cache is not None:
+            longest += int(cache.lengths.max()) if readable else 0
+        if longest > self.max_seq_len:
+            raise ValueError(
+                f"input_ids: expected at most max_seq_len={self.max_seq_len} tokens in a "
+                f"sequence, got {longest}"
+            )
+        if readable and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"input_ids: expected values from 0 to {self.vocab_size - 1}, got "
+                f"{int(input_ids.min())} to {int(input_ids.max())}"
+            )
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets of -log softmax(logits[:, t])[targets[:, t + 1]], fp32, in nats.
+
+    Args:
+        logits: [B, T, V].
+        targets: [B, T]; -100 is no target. With no target at all the loss is 0.
+    """
+    shifted = targets[:, 1:].flatten()
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), shifted, ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (shifted != IGNORED).sum().clamp(min=1)
+
+
+def visible_pairs(tokens: int, window_size: int | None) -> int:
+    """Query-key pairs under a causal mask with a window."""
+    window = tokens if window_size is None else min(window_size, tokens)
+    return window * (window + 1) // 2 + (tokens - window) * window
