@@ -1,35 +1,14 @@
-"""Files that are either whole or absent, and trained models to keep."""
+"""Trained models to keep."""
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from smollm.config import Mechanism, ModelConfig, build_model
+from smollm.files import write_atomically
 from smollm.model import SmolLM
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside path, then move it there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write value as indented JSON, atomically; paths become strings."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_model(

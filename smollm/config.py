@@ -5,7 +5,7 @@ Every field is a flag of train.py; its docstring is the flag's help.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -148,14 +148,11 @@ PRESETS: dict[Preset, Config] = {
     "cpu": Config(
         preset="cpu",
         model=ModelConfig(
-            embed_dim=192,
-            num_heads=6,
-            num_kv_heads=2,
-            latent_dim=96,
-            rope_dim=16,
+            embed_dim=144,
+            latent_dim=72,
+            rope_dim=8,
             genetic_window_size=64,
-            ffn_hidden_dim=512,
-            max_seq_len=512,
+            ffn_hidden_dim=384,
         ),
         train=TrainConfig(
             seq_len=128,
@@ -192,7 +189,11 @@ def build_attention(mechanism: Mechanism, config: ModelConfig) -> Attention:
         ValueError: the fields do not fit together.
     """
     shape = (config.embed_dim, config.num_heads)
-    common = {"dropout": config.dropout, "bias": config.bias, "rope_theta": config.rope_theta}
+    common: dict[str, Any] = {
+        "dropout": config.dropout,
+        "bias": config.bias,
+        "rope_theta": config.rope_theta,
+    }
     if mechanism == "mga":
         if config.qk_norm != "none":
             raise ValueError(
@@ -205,24 +206,20 @@ def build_attention(mechanism: Mechanism, config: ModelConfig) -> Attention:
             config.num_value_heads,
             environment=config.environment,
             selection_pressure=config.selection_pressure,
-            dropout=config.dropout,
-            bias=config.bias,
-            rope_theta=config.rope_theta,
+            **common,
         )
-    softmax = {
+    common |= {
         "use_sliding_window": config.window_size is not None,
         "window_size": config.window_size,
         "qk_norm": {"none": False, "layer": True, "rms": "rms"}[config.qk_norm],
         "is_causal": True,
     }
     if mechanism == "mha":
-        return MultiHeadAttention(*shape, **common, **softmax)
+        return MultiHeadAttention(*shape, **common)
     if mechanism == "gqa":
-        return GroupedQueryAttention(*shape, config.num_kv_heads, **common, **softmax)
+        return GroupedQueryAttention(*shape, config.num_kv_heads, **common)
     if mechanism == "mla":
-        return MultiHeadLatentAttention(
-            *shape, config.latent_dim, config.rope_dim, **common, **softmax
-        )
+        return MultiHeadLatentAttention(*shape, config.latent_dim, config.rope_dim, **common)
     raise ValueError(f"mechanism: expected one of {MECHANISMS}, got {mechanism!r}")
 
 

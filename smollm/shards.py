@@ -1,0 +1,155 @@
+"""Token shards on disk, and batches that are a pure function of the step."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from smollm.files import write_atomically
+
+MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256  # llm.c's layout
+HEADER_BYTES = 4 * HEADER_WORDS
+MAX_VOCAB = 65_535  # ids are uint16
+
+Tokens = npt.NDArray[np.uint16]
+
+
+def write_shard(path: Path, tokens: Tokens) -> None:
+    """Write tokens as a shard: 256 int32 (magic, version, count, zeros), then uint16 ids."""
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    body = np.ascontiguousarray(tokens, dtype="<u2")
+
+    def write(file: Any) -> None:
+        file.write(header.tobytes())
+        file.write(body.tobytes())
+
+    write_atomically(path, write)
+
+
+def open_shard(path: Path, vocab_size: int) -> Tokens:
+    """Map a shard's tokens into memory.
+
+    Raises:
+        ValueError: corrupt shard: its header, its size or an id is not what it should be.
+    """
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise ValueError(
+            f"{path}: corrupt shard: expected {HEADER_BYTES} bytes of header, got {size}"
+        )
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3)
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError(
+            f"{path}: corrupt shard: expected magic {MAGIC}, version {VERSION}, "
+            f"got {magic}, {version}"
+        )
+    if size != HEADER_BYTES + 2 * int(count):
+        raise ValueError(
+            f"{path}: corrupt shard: expected {HEADER_BYTES + 2 * int(count)} bytes for its "
+            f"{count} tokens, got {size}"
+        )
+    if count == 0:
+        return np.zeros(0, dtype="<u2")
+    tokens: Tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path}: corrupt shard: expected ids below vocab_size={vocab_size}, got {largest}"
+        )
+    return tokens
+
+
+class TokenWindows:
+    """Non-overlapping windows of tokens over shards; none straddles two of them.
+
+    Args:
+        shards: the tokens of each shard.
+        name: how errors call it.
+    """
+
+    def __init__(self, shards: Sequence[Tokens], name: str = "corpus") -> None:
+        self._shards = list(shards)
+        self._name = name
+        self._permutation = lru_cache(maxsize=2)(_permutation)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(len(shard) for shard in self._shards)
+
+    def num_windows(self, seq_len: int) -> int:
+        """Windows of seq_len tokens.
+
+        Raises:
+            ValueError: there is not one.
+        """
+        count = sum(len(shard) // seq_len for shard in self._shards)
+        if count == 0:
+            raise ValueError(
+                f"seq_len: expected at most the tokens of a shard of {self._name} "
+                f"({max(map(len, self._shards), default=0)}), got {seq_len}"
+            )
+        return count
+
+    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Tensor:
+        """The batch of a step: the same arguments always give the same tokens.
+
+        Example i = step * batch_size + j is window i mod n of epoch i div n's own permutation
+        of all n windows, so that an epoch shows every window once.
+
+        Returns:
+            int64 [batch_size, seq_len].
+        """
+        count = self.num_windows(seq_len)
+        rows = []
+        for example in range(step * batch_size, (step + 1) * batch_size):
+            epoch, place = divmod(example, count)
+            order = self._permutation(seed, epoch, count)
+            rows.append(self._window(int(order[place]), seq_len))
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def sequential(self, batch_size: int, seq_len: int) -> Iterator[Tensor]:
+        """Every window once, in file order, int64 [<= batch_size, seq_len] at a time."""
+        count = self.num_windows(seq_len)
+        for start in range(0, count, batch_size):
+            windows = range(start, min(start + batch_size, count))
+            rows = [self._window(index, seq_len) for index in windows]
+            yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def _window(self, index: int, seq_len: int) -> Tokens:
+        for shard in self._shards:
+            here = len(shard) // seq_len
+            if index < here:
+                return shard[index * seq_len : (index + 1) * seq_len]
+            index -= here
+        raise IndexError(index)
+
+
+def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def document_boundaries(input_ids: Tensor, eos_id: int) -> Tensor:
+    """Offsets of the documents in a batch that is flattened to one row.
+
+    Every row starts a sequence, and so does every token after an eos, which belongs to the
+    document that it ends.
+
+    Args:
+        input_ids: [B, T].
+        eos_id: the token that ends a document.
+
+    Returns:
+        cu_seqlens int32 [N+1], from 0 to B T, strictly increasing.
+    """
+    starts = torch.zeros_like(input_ids, dtype=torch.bool)
+    starts[:, 0] = True
+    starts[:, 1:] = input_ids[:, :-1] == eos_id
+    offsets = starts.flatten().nonzero()[:, 0].to(torch.int32)
+    return torch.cat((offsets, offsets.new_tensor([input_ids.numel()])))
