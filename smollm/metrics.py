@@ -27,7 +27,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("w")
 
-    def write(self, **record: Any) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -105,7 +105,7 @@ def train_run(
     with metrics.MetricsLog(folder / "metrics.jsonl") as log:
         try:
             for record in _optimise(model, corpus, train, run, device):
-                log.write(mechanism=mechanism, **record)
+                log.write(record)
                 run.history.append(record)
                 display.show(run, record, memory.bytes())
             if run.status == "running":
@@ -119,7 +119,7 @@ def train_run(
             measured = metrics.generation(model, corpus, train)
             for name, value in measured.items():
                 setattr(run, name, value)
-        log.write(mechanism=mechanism, **{k: v for k, v in vars(run).items() if k != "history"})
+        log.write({name: value for name, value in vars(run).items() if name != "history"})
     display.close()
     save_model(
         config.output_dir / f"{mechanism}_model.pt",
