@@ -128,7 +128,15 @@ def latent_attention(
     if q_rope is not None and k_rope is not None:
         shared = repeat(k_rope, "b t d -> b t h d", h=k_nope.shape[2])
         q_nope, k_nope = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, shared), dim=-1)
-    o, _ = attention(q_nope, k_nope, v, window_size=window_size, scale=scale, cu_seqlens=cu_seqlens)
+    o, _ = attention(
+        q_nope,
+        k_nope,
+        v,
+        causal=causal,
+        window_size=window_size,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+    )
     return o
 
 

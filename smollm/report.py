@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
 from smollm.files import write_atomically
@@ -132,6 +133,7 @@ def _plot_loss(path: Path, runs: list[Run]) -> None:
             label=run.mechanism.upper(),
         )
     axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Loss: training (faint), validation (marked)")
     axes.grid(alpha=0.3)

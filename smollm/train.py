@@ -109,16 +109,14 @@ def train_run(
                 run.history.append(record)
                 display.show(run, record, memory.bytes())
             if run.status == "running":
+                for name, value in metrics.generation(model, corpus, train).items():
+                    setattr(run, name, value)
                 run.status = "finished"
         except KeyboardInterrupt:
             run.status = "interrupted"
         run.peak_memory_bytes = memory.bytes()
         run.seconds = time.perf_counter() - start
-        _summarise(run)
-        if run.status == "finished":
-            measured = metrics.generation(model, corpus, train)
-            for name, value in measured.items():
-                setattr(run, name, value)
+        run.train_loss = _recent_loss(run)
         log.write({name: value for name, value in vars(run).items() if name != "history"})
     display.close()
     save_model(
@@ -202,9 +200,9 @@ def _optimise(
         yield record
 
 
-def _summarise(run: Run) -> None:
-    recent = [r["loss"] for r in run.history if r["step"] > 0.9 * run.steps]
-    run.train_loss = sum(recent) / len(recent) if recent else None
+def _recent_loss(run: Run) -> float | None:
+    recent = [record["loss"] for record in run.history if record["step"] > 0.9 * run.steps]
+    return sum(recent) / len(recent) if recent else None
 
 
 class _Stopwatch:

@@ -1,0 +1,94 @@
+"""Named attention cases, shared by the tests and the benchmarks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Shapes and arguments of one call of `kernels.attention`."""
+
+    name: str
+    batch: int = 1
+    q_tokens: int = 64
+    k_tokens: int | None = None  # q_tokens unless given
+    q_heads: int = 9
+    k_heads: int = 3
+    v_heads: int | None = None  # k_heads unless given
+    width: int = 64
+    v_width: int | None = None  # width unless given
+    causal: bool = True
+    window_size: int | None = None
+    scale: float | None = None
+    lengths: tuple[int, ...] | None = None  # packed sequences
+    sinks: bool = False
+    contiguous: bool = True
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What the op takes beside tensors."""
+        return {"causal": self.causal, "window_size": self.window_size, "scale": self.scale}
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
+        """Fresh random tensors by argument name."""
+        k_tokens = self.q_tokens if self.k_tokens is None else self.k_tokens
+        v_heads = self.k_heads if self.v_heads is None else self.v_heads
+        v_width = self.width if self.v_width is None else self.v_width
+
+        def draw(*shape: int) -> Tensor:
+            if self.contiguous:
+                return torch.randn(shape, device=device).to(dtype)
+            b, t, h, d = shape  # heads before tokens, and a gap behind every row
+            return torch.randn(b, h, t, d + 8, device=device).to(dtype)[..., :d].transpose(1, 2)
+
+        cu_seqlens = None
+        if self.lengths is not None:
+            offsets = torch.tensor([0, *self.lengths], dtype=torch.int32, device=device)
+            cu_seqlens = offsets.cumsum(0, dtype=torch.int32)
+        return {
+            "q": draw(self.batch, self.q_tokens, self.q_heads, self.width),
+            "k": draw(self.batch, k_tokens, self.k_heads, self.width),
+            "v": draw(self.batch, k_tokens, v_heads, v_width),
+            "cu_seqlens": cu_seqlens,
+            "sinks": torch.randn(self.q_heads, device=device) if self.sinks else None,
+        }
+
+
+ATTENTION_CASES = [
+    AttentionCase("smollm", batch=2, q_tokens=128),
+    *(AttentionCase(f"tokens-{t}", q_tokens=t) for t in (1, 15, 16, 17, 63, 65, 127, 129)),
+    AttentionCase("window-1", q_tokens=65, window_size=1),
+    AttentionCase("window-in-block", q_tokens=129, window_size=7),
+    AttentionCase("window-across-blocks", q_tokens=193, window_size=100),
+    AttentionCase("window-is-T", q_tokens=65, window_size=65),
+    AttentionCase("window-over-T", q_tokens=65, window_size=1000),
+    AttentionCase("width-16", width=16, q_tokens=33),
+    AttentionCase("width-40", width=40, q_tokens=65),
+    AttentionCase("width-96", width=96, q_tokens=65),
+    AttentionCase("width-128", width=128, q_tokens=65),
+    AttentionCase("width-qk-96-v-64", width=96, v_width=64, q_tokens=65, q_heads=4, k_heads=4),
+    AttentionCase("width-qk-32-v-80", width=32, v_width=80, q_tokens=65),
+    AttentionCase("heads-9-9", q_heads=9, k_heads=9, q_tokens=65),
+    AttentionCase("heads-9-1", q_heads=9, k_heads=1, q_tokens=65),
+    AttentionCase("heads-6-2", q_heads=6, k_heads=2, q_tokens=65),
+    AttentionCase("value-heads-6-6-2", q_heads=6, k_heads=6, v_heads=2, q_tokens=65),
+    AttentionCase("value-heads-8-4-2", q_heads=8, k_heads=4, v_heads=2, q_tokens=65),
+    AttentionCase("packed", q_tokens=150, lengths=(70, 1, 16, 63)),
+    AttentionCase("packed-window", q_tokens=150, lengths=(70, 1, 0, 79), window_size=20),
+    AttentionCase("packed-bidirectional", q_tokens=150, lengths=(70, 1, 79), causal=False),
+    AttentionCase("packed-one", q_tokens=65, lengths=(65,)),
+    AttentionCase("fewer-queries", q_tokens=33, k_tokens=130),
+    AttentionCase("fewer-queries-window", q_tokens=33, k_tokens=130, window_size=40),
+    AttentionCase("one-query", q_tokens=1, k_tokens=100),
+    AttentionCase("rows-without-keys", q_tokens=80, k_tokens=30),
+    AttentionCase("rows-without-keys-window", q_tokens=80, k_tokens=30, window_size=4),
+    AttentionCase("bidirectional", q_tokens=65, causal=False),
+    AttentionCase("bidirectional-cross", q_tokens=65, k_tokens=40, causal=False),
+    AttentionCase("strided", batch=2, q_tokens=65, contiguous=False),
+    AttentionCase("sinks", q_tokens=65, sinks=True),
+    AttentionCase("sinks-window", q_tokens=129, sinks=True, window_size=30),
+    AttentionCase("sinks-rows-without-keys", q_tokens=40, k_tokens=20, sinks=True),
+    AttentionCase("scale", q_tokens=65, scale=0.3),
+]

@@ -1,0 +1,146 @@
+"""Every refusal of the public ops, by its text."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+
+
+def z(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def ints(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+Q, K = z(2, 5, 9, 64), z(2, 5, 3, 64)
+ONE = z(1, 5, 3, 64)
+G, PRESSURE = z(1, 5, 4, 6), z(4)
+ROPE = (z(5, 3), z(5, 3))
+
+REFUSALS = [
+    (lambda: kernels.attention(Q, z(2, 5, 3, 63), K), ValueError,
+     "k: expected [B=2, Tk, HK, D_QK=64], got [2, 5, 3, 63]"),
+    (lambda: kernels.attention(Q, K, z(2, 4, 3, 64)), ValueError,
+     "v: expected [B=2, Tk=5, HV, D_V], got [2, 4, 3, 64]"),
+    (lambda: kernels.attention(Q[0], K, K), ValueError,
+     "q: expected [B, Tq, HQ, D_QK], got [5, 9, 64]"),
+    (lambda: kernels.attention(Q, z(2, 5, 2, 64), z(2, 5, 2, 64)), ValueError,
+     "heads: expected HQ a multiple of HK, got HQ=9, HK=2"),
+    (lambda: kernels.attention(Q, K, z(2, 5, 2, 64)), ValueError,
+     "heads: expected HK a multiple of HV, got HK=3, HV=2"),
+    (lambda: kernels.attention(Q, z(2, 5, 0, 64), z(2, 5, 0, 64)), ValueError,
+     "heads: expected HQ a multiple of HK, got HQ=9, HK=0"),
+    (lambda: kernels.attention(Q, K.half(), K), TypeError,
+     "k: expected q's type torch.float32, got torch.float16"),
+    (lambda: kernels.attention(Q.int(), K.int(), K.int()), TypeError,
+     "q: expected a floating type"),
+    (lambda: kernels.attention(Q, K, K.to("meta")), ValueError,
+     "v: expected q's device cpu, got meta"),
+    (lambda: kernels.attention(Q, K, K, window_size=0), ValueError,
+     "window_size: expected >= 1 (it counts the token itself), got 0"),
+    (lambda: kernels.attention(Q, K, K, window_size=2.5), TypeError,
+     "window_size: expected an integer or None, got 2.5"),
+    (lambda: kernels.attention(Q, K, K, window_size=True), TypeError,
+     "window_size: expected an integer or None, got True"),
+    (lambda: kernels.attention(Q, K, K, window_size=3, causal=False), ValueError,
+     "window_size: expected None when causal=False, got 3"),
+    (lambda: kernels.attention(Q, K, K, scale=float("nan")), ValueError,
+     "scale: expected a finite number, got nan"),
+    (lambda: kernels.attention(Q, K, K, scale="1"), TypeError,
+     "scale: expected a number or None, got '1'"),
+    (lambda: kernels.attention(Q, K, K, sinks=z(3)), ValueError,
+     "sinks: expected [HQ=9], got [3]"),
+    (lambda: kernels.attention(Q, K, K, sinks=ints(*range(9))), TypeError,
+     "sinks: expected a floating type"),
+    (lambda: kernels.attention(Q, K, K, cu_seqlens=ints(0, 5)), ValueError,
+     "cu_seqlens: expected B=1 (packed sequences), got B=2"),
+    (lambda: kernels.attention(ONE[:, :2], ONE, ONE, cu_seqlens=ints(0, 5)), ValueError,
+     "cu_seqlens: expected as many queries as keys, got Tq=2, Tk=5"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 5, dtype=torch.int64)), TypeError,
+     "cu_seqlens: expected torch.int32, got torch.int64"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0)), ValueError,
+     "cu_seqlens: expected [N+1] with N >= 1, got [1]"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 4)), ValueError,
+     "cu_seqlens: expected non-decreasing offsets from 0 to T=5, got [0, 4]"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 3, 2, 5)), ValueError,
+     "cu_seqlens: expected non-decreasing offsets from 0 to T=5, got [0, 3, 2, 5]"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 5).to("meta")), ValueError,
+     "cu_seqlens: expected device cpu, got meta"),
+    (lambda: kernels.attention(Q, K, K, impl="triton"), NotImplementedError,
+     "impl: expected 'auto' or 'eager'"),
+    (lambda: kernels.attention(Q, K, K, impl="cuda"), ValueError,
+     "impl: expected one of ('auto', 'eager', 'triton'), got 'cuda'"),
+    (lambda: kernels.latent_attention(ONE, None, ONE, z(1, 5, 8), ONE), ValueError,
+     "q_rope: expected a tensor beside k_rope, got None"),
+    (lambda: kernels.latent_attention(ONE, z(1, 5, 3, 8), ONE, None, ONE), ValueError,
+     "k_rope: expected a tensor beside q_rope, got None"),
+    (lambda: kernels.latent_attention(ONE, z(1, 5, 3, 8), ONE, z(1, 5, 3, 8), ONE), ValueError,
+     "k_rope: expected [B=1, T=5, D_ROPE=8], got [1, 5, 3, 8]"),
+    (lambda: kernels.gene_fitness(G, None, window_size=3), ValueError,
+     "e: expected a tensor [B, T, H, D] for environment='query', got None"),
+    (lambda: kernels.gene_fitness(G, G, window_size=3, environment="kin"), ValueError,
+     "e: expected None for environment='kin', got a tensor [1, 5, 4, 6]"),
+    (lambda: kernels.gene_fitness(G, window_size=3, environment="kith"), ValueError,
+     "environment: expected one of ('query', 'kin', 'none'), got 'kith'"),
+    (lambda: kernels.gene_fitness(G, G, window_size=None), ValueError,
+     "window_size: expected an integer >= 1 (the population), got None"),
+    (lambda: kernels.genetic_attention(G, G, z(1, 5, 3, 6), PRESSURE, window_size=2), ValueError,
+     "heads: expected H a multiple of HV, got H=4, HV=3"),
+    (lambda: kernels.genetic_attention(G, G, G, z(3), window_size=2), ValueError,
+     "selection_pressure: expected [H=4], got [3]"),
+    (lambda: kernels.genetic_attention(G, G, G, PRESSURE, window_size=2, rope=(z(5, 6), z(5, 6))),
+     ValueError, "rope cos: expected [T=5, D/2=3], got [5, 6]"),
+    (lambda: kernels.genetic_attention(
+        G[..., :5], G[..., :5], G, PRESSURE, window_size=2, rope=ROPE), ValueError,
+     "rope: expected an even width D to rotate, got D=5"),
+    (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(3)), ValueError,
+     "cache_lengths: expected [B=2], got [1]"),
+    (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(3, 6)), ValueError,
+     "cache_lengths: expected values from 0 to S=5, got 3 to 6"),
+    (lambda: kernels.latent_decode(
+        z(2, 9, 8), z(2, 9, 4), z(2, 5, 8), z(2, 5, 3), ints(1, 1), scale=1.0), ValueError,
+     "rope_cache: expected [B=2, S=5, D_ROPE=4], got [2, 5, 3]"),
+    (lambda: kernels.latent_decode(
+        z(2, 9, 8), None, z(2, 5, 8), z(2, 5, 3), ints(1, 1), scale=1.0), ValueError,
+     "q_rope: expected a tensor beside rope_cache, got None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "text"), REFUSALS, ids=[r[2][:50] for r in REFUSALS])
+def test_refusal(call, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+def test_a_length_of_zero_gives_zero():
+    o = kernels.attention_decode(torch.randn(2, 9, 64), K, K + 1, ints(0, 2))
+    assert o[0].eq(0).all() and o[1].ne(0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_valid_call_is_served(data):
+    number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    batch, t_q, t_k, value_heads = number(1, 2), number(1, 9), number(1, 9), number(1, 2)
+    key_heads = value_heads * number(1, 2)
+    heads, width, v_width = key_heads * number(1, 3), number(1, 7), number(1, 7)
+    causal = data.draw(st.booleans())
+    window_size = data.draw(st.none() | st.integers(1, 12)) if causal else None
+    sinks = torch.randn(heads) if data.draw(st.booleans()) else None
+    o, lse = kernels.attention(
+        torch.randn(batch, t_q, heads, width),
+        torch.randn(batch, t_k, key_heads, width),
+        torch.randn(batch, t_k, value_heads, v_width),
+        causal=causal,
+        window_size=window_size,
+        sinks=sinks,
+        return_lse=True,
+    )
+    assert o.shape == (batch, t_q, heads, v_width) and lse.shape == (batch, t_q, heads)
+    assert o.isfinite().all() and not lse.isnan().any()
