@@ -83,7 +83,7 @@ def run_study(config: Config, corpus: Corpus, device: torch.device, console: Con
         with progress:
             for mechanism in config.mechanisms:
                 runs.append(train_run(mechanism, config, corpus, device, progress))
-                _write(folder, runs, about)
+                write_json(folder / "ablation_results.json", _results(runs, about))
                 if runs[-1].status == "interrupted":
                     break
     except KeyboardInterrupt:
@@ -92,6 +92,7 @@ def run_study(config: Config, corpus: Corpus, device: torch.device, console: Con
         signal.signal(signal.SIGTERM, previous)
     finished = len(runs) == len(config.mechanisms) and runs[-1].status != "interrupted"
     if runs:
+        report.write_report(folder, runs, headline(about))
         console.print(report.table(runs))
         for line in report.best_lines(runs):
             console.print(line)
@@ -151,11 +152,9 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def _write(folder: Path, runs: list[Run], about: dict[str, Any]) -> None:
-    results = {run.mechanism: dataclasses.asdict(run) for run in runs}
-    content = {**about, "runs": results, "best": report.best(runs)}
-    write_json(folder / "ablation_results.json", content)
-    report.write_report(folder, runs, headline(about))
+def _results(runs: list[Run], about: dict[str, Any]) -> dict[str, Any]:
+    measured = {run.mechanism: dataclasses.asdict(run) for run in runs}
+    return {**about, "runs": measured, "best": report.best(runs)}
 
 
 def _version(package: str) -> str | None:

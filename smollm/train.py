@@ -37,7 +37,7 @@ class Run:
     status: str = "running"  # then "finished", "interrupted" or "diverged"
     steps: int = 0
     tokens: int = 0
-    train_loss: float | None = None  # mean of the records in the last tenth of the steps
+    train_loss: float | None = None  # mean of the records of the last tenth
     val_loss: float | None = None  # nats per token
     perplexity: float | None = None
     bits_per_byte: float | None = None
@@ -201,8 +201,11 @@ def _optimise(
 
 
 def _recent_loss(run: Run) -> float | None:
-    recent = [record["loss"] for record in run.history if record["step"] > 0.9 * run.steps]
-    return sum(recent) / len(recent) if recent else None
+    if not run.history:
+        return None
+    recorded = run.history[-1]["step"]
+    recent = [record["loss"] for record in run.history if record["step"] > 0.9 * recorded]
+    return sum(recent) / len(recent)
 
 
 class _Stopwatch:

@@ -1,0 +1,165 @@
+"""Generation: caches agree with recomputation, and stay as small as promised."""
+
+import re
+
+import pytest
+import torch
+from test_model import VOCAB, build
+from test_modules import MODULES, WIDTH, every_module
+
+from smollm import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiHeadGeneticAttention,
+    MultiHeadLatentAttention,
+)
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 7])
+@every_module
+def test_cached_logits_equal_uncached_ones(make, prompt):
+    """Over more than three windows' length, from prompts shorter and longer than the window."""
+    model = build(make()).double().eval()
+    ids = torch.randint(VOCAB, (2, 18))
+    cache = model.new_cache(2, 18)
+    steps = [model(ids[:, :prompt], cache=cache)["logits"]]
+    steps += [model(ids[:, t : t + 1], cache=cache)["logits"] for t in range(prompt, 18)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(ids)["logits"])
+
+
+@every_module
+def test_left_padded_prompts_continue_like_single_ones(make):
+    model = build(make()).double()
+    ids = torch.randint(VOCAB, (3, 6))
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[0, :5] = mask[1, :2] = False
+    for use_cache in (True, False):
+        together = model.generate(ids, 12, attention_mask=mask, use_cache=use_cache)
+        assert torch.equal(together[:, :6], ids)
+        for row in range(3):
+            alone = model.generate(ids[row : row + 1, mask[row]], 12, use_cache=use_cache)
+            assert torch.equal(together[row, -12:], alone[0, -12:])
+
+
+def test_settings_that_mean_greedy():
+    model = build(MODULES["gqa"]())
+    ids = torch.randint(VOCAB, (2, 4))
+    greedy = model.generate(ids, 10)
+    assert torch.equal(model.generate(ids, 10), greedy)
+    assert torch.equal(model.generate(ids, 10, temperature=5.0, top_k=1), greedy)
+    assert torch.equal(model.generate(ids, 10, temperature=5.0, top_p=1e-6), greedy)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sampling_draws_allowed_tokens_only(use_cache):
+    model = build(MODULES["gqa"]())
+    ids = torch.randint(VOCAB, (64, 3))
+    probability = (model(ids)["logits"][:, -1] / 0.7).softmax(-1)
+    order = probability.argsort(dim=-1, descending=True)
+    for setting in ({"top_k": 3}, {"top_p": 0.3}, {"top_k": 9, "top_p": 0.2}, {}):
+        drawn = model.generate(ids, 1, temperature=0.7, use_cache=use_cache, **setting)[:, -1]
+        ranks = set()
+        for row in range(64):
+            ranked = probability[row, order[row, : setting.get("top_k", VOCAB)]]
+            ranked = ranked / ranked.sum()
+            rank = int((order[row] == drawn[row]).nonzero())
+            assert rank < len(ranked)
+            assert float(ranked[:rank].sum()) < setting.get("top_p", 1.0) + 1e-6
+            ranks.add(rank)
+        assert len(ranks) > 1
+
+
+def test_sampling_follows_the_probabilities():
+    model = build(MODULES["gqa"]())
+    ids = torch.randint(VOCAB, (1, 3)).expand(4000, -1)
+    drawn = model.generate(ids, 1, temperature=1.0)[:, -1]
+    expected = model(ids[:1])["logits"][0, -1].softmax(-1)
+    observed = torch.bincount(drawn, minlength=VOCAB) / 4000
+    assert float((observed - expected).abs().max()) < 0.03
+
+
+def test_a_finished_sequence_is_filled_with_eos():
+    model = build(MODULES["gqa"]())
+    ids = torch.randint(VOCAB, (6, 4))
+    free = model.generate(ids, 12)
+    eos = int(free[0, 6])
+    out = model.generate(ids, 12, eos_token_id=eos)
+    assert out.shape == (6, 16)
+    for row in range(6):
+        hits = (free[row, 4:] == eos).nonzero()
+        end = 4 + int(hits[0]) + 1 if len(hits) else 16
+        assert torch.equal(out[row, :end], free[row, :end])
+        assert out[row, end:].eq(eos).all()
+    assert (out[0, 6:] == eos).all()
+
+
+def test_generation_leaves_the_mode_as_it_was():
+    model = build(MultiHeadAttention(WIDTH, 6, dropout=0.5), dropout=0.5)
+    ids = torch.randint(VOCAB, (1, 4))
+    assert torch.equal(model.generate(ids, 5), model.generate(ids, 5)) and model.training
+    model.eval()
+    model.generate(ids, 5)
+    assert not model.training
+    assert torch.equal(model.generate(ids, 0), ids)
+
+
+CACHES = {
+    "mha": (lambda: MultiHeadAttention(576, 9), 69_120, 2048),
+    "gqa": (lambda: GroupedQueryAttention(576, 9, 3), 23_040, 2048),
+    "gqa-window": (
+        lambda: GroupedQueryAttention(576, 9, 3, use_sliding_window=True, window_size=256),
+        23_040,
+        256,
+    ),
+    "mla-288": (lambda: MultiHeadLatentAttention(576, 9, 288, 32), 19_200, 2048),
+    "mla-128": (lambda: MultiHeadLatentAttention(576, 9, 128, 32), 9_600, 2048),
+    "mga": (lambda: MultiHeadGeneticAttention(576, 9, 256), 69_120, 256),
+    "mga-values-3": (lambda: MultiHeadGeneticAttention(576, 9, 256, 3), 46_080, 256),
+}
+
+
+@pytest.mark.parametrize(("make", "per_token", "rows"), CACHES.values(), ids=CACHES)
+def test_bytes_that_a_cache_takes(make, per_token, rows):
+    """At SmolLM2-135M's attention shape in bf16; one layer stands for thirty equal ones."""
+    model = build(make(), embed_dim=576, num_layers=1, max_seq_len=2048).to(torch.bfloat16)
+    cache = model.new_cache(2, 2048)
+    with torch.no_grad():
+        model(torch.randint(VOCAB, (2, 3)), cache=cache)
+    assert 30 * cache.bytes_per_token == per_token
+    allocated = sum(x.numel() * x.element_size() for x in cache.layers[0]._rows.values())
+    assert cache.allocated_bytes == allocated == 2 * rows * cache.bytes_per_token
+
+
+IDS = torch.zeros(1, 5, dtype=torch.int64)
+REFUSALS = [
+    (lambda m: m.generate(IDS, 60),
+     "max_new_tokens: expected at most max_seq_len=64 tokens with the prompt, got 65"),
+    (lambda m: m.generate(IDS, -1), "max_new_tokens: expected >= 0, got -1"),
+    (lambda m: m.generate(IDS, 1, temperature=-0.1), "temperature: expected >= 0, got -0.1"),
+    (lambda m: m.generate(IDS, 1, top_k=3), "temperature: expected > 0 with top_k or top_p, got 0"),
+    (lambda m: m.generate(IDS, 1, temperature=1.0, top_k=0), "top_k: expected >= 1, got 0"),
+    (lambda m: m.generate(IDS, 1, temperature=1.0, top_p=2.0), "top_p: expected in (0, 1], got 2"),
+    (lambda m: m.generate(IDS, 1, eos_token_id=VOCAB), "eos_token_id: expected 0 to 30, got 31"),
+    (lambda m: m.generate(IDS[0], 1), "input_ids: expected [B, T], got [5]"),
+    (lambda m: m.generate(IDS, 1, attention_mask=torch.tensor([[1, 1, 1, 1, 0]])),
+     "attention_mask: expected padding on the left, got it on the right"),
+    (lambda m: m.generate(IDS, 1, attention_mask=torch.tensor([[1, 1]])),
+     "attention_mask: expected [1, 5], got [1, 2]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "text"), REFUSALS, ids=[text[:45] for _, text in REFUSALS])
+def test_refusal(call, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        call(build(MODULES["mha"]()))
+
+
+def test_a_cache_in_use_takes_one_token_at_a_time_and_no_more_than_it_holds():
+    model = build(MODULES["mha"]())
+    cache = model.new_cache(1, 6)
+    model(IDS, cache=cache)
+    with pytest.raises(NotImplementedError, match="one token at a time, got 2 tokens"):
+        model(IDS[:, :2], cache=cache)
+    model(IDS[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="cache: expected at most max_tokens=6, got 7"):
+        model(IDS[:, :1], cache=cache)

@@ -1,0 +1,224 @@
+"""The whole model: parameters, causality, labels, padding, packing, norms."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_modules import MODULES, WIDTH, every_module
+from torch import nn
+
+from smollm import GroupedQueryAttention, MultiHeadAttention, create_smollm_with_attention
+from smollm.model import visible_pairs
+
+VOCAB = 31
+
+
+def build(prototype, **changes):
+    shape = {
+        "vocab_size": VOCAB,
+        "embed_dim": WIDTH,
+        "num_layers": 2,
+        "ffn_hidden_dim": 40,
+        "max_seq_len": 64,
+    }
+    return create_smollm_with_attention(prototype, **(shape | changes))
+
+
+def test_smollm2_has_its_published_size():
+    prototype = GroupedQueryAttention(576, 9, num_kv_heads=3, bias=False, is_causal=True)
+    with torch.device("meta"):
+        model = create_smollm_with_attention(prototype)
+    assert model.count_parameters() == 134_515_008
+    parts = model.parameters_by_part()
+    assert sum(parts.values()) == 134_515_008
+    assert parts["embedding"] == 134_515_008 - 106_203_456
+    # 2 per weight; 30 layers of 9 heads score and sum 64 features over (T + 1) / 2 keys.
+    expected = 2 * (134_515_008 - parts["norms"]) + 30 * 2 * 2 * 576 * 2049 // 2
+    assert model.flops_per_token(2048) == expected
+
+
+@pytest.mark.parametrize("norm_strategy", ["pre", "post", "sandwich"])
+@every_module
+def test_no_logit_depends_on_a_later_token(make, norm_strategy):
+    model = build(make(), norm_strategy=norm_strategy).double()
+    embedded = []
+    model.embed_tokens.register_forward_hook(lambda *hook: embedded.append(hook[2]))
+    logits = model(torch.randint(VOCAB, (1, 9)))["logits"]
+    for t in (0, 3, 7):
+        (gradient,) = torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)
+        assert gradient[0, t + 1 :].eq(0).all()
+        assert gradient[0, t].ne(0).any()
+
+
+def test_the_model_is_causal_whatever_the_prototype_says():
+    prototype = MultiHeadAttention(WIDTH, 6, is_causal=False)
+    assert all(attention.is_causal for attention in build(prototype).attentions)
+    assert not prototype.is_causal
+
+
+@every_module
+def test_each_layer_has_its_own_fresh_copy(make):
+    prototype = make()
+    untouched = [p.clone() for p in prototype.parameters()]
+    model = build(prototype)
+    first, second = (list(attention.parameters()) for attention in model.attentions)
+    for mine, other, given in zip(first, second, prototype.parameters(), strict=True):
+        assert mine is not other and mine is not given
+        if mine.ndim > 1:
+            assert not torch.equal(mine, other) and not torch.equal(mine, given)
+    for before, after in zip(untouched, prototype.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_initialisation():
+    model = build(MultiHeadAttention(576, 9), embed_dim=576, vocab_size=500, ffn_hidden_dim=700)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            assert abs(module.weight.std().item() * 24 - 1) < 0.02
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            assert module.bias.eq(0).all()
+
+
+@every_module
+def test_padding_changes_nothing(make):
+    model = build(make()).double()
+    ids = torch.randint(VOCAB, (3, 8))
+    spans = [(0, 8), (3, 8), (0, 5)]
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    for row, (start, end) in enumerate(spans):
+        mask[row, start:end] = True
+    out = model(ids, mask, labels=ids)
+    nats = []
+    for row, (start, end) in enumerate(spans):
+        alone = ids[row : row + 1, start:end]
+        logits = model(alone)["logits"]
+        torch.testing.assert_close(out["logits"][row, start:end], logits[0])
+        nats.append(F.cross_entropy(logits[0, :-1].float(), alone[0, 1:], reduction="none"))
+    torch.testing.assert_close(out["loss"], torch.cat(nats).mean())
+    again = model(torch.where(mask, ids, 0), mask, labels=torch.where(mask, ids, 0))
+    assert torch.equal(again["logits"], out["logits"]) and torch.equal(again["loss"], out["loss"])
+
+
+@every_module
+def test_packed_documents_equal_separate_ones(make):
+    model = build(make()).double()
+    ids = torch.randint(VOCAB, (1, 9))
+    cu_seqlens = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
+    out = model(ids, labels=ids, cu_seqlens=cu_seqlens)
+    nats = []
+    for a, b in ((0, 4), (4, 5), (5, 9)):
+        logits = model(ids[:, a:b])["logits"]
+        torch.testing.assert_close(out["logits"][:, a:b], logits)
+        nats.append(F.cross_entropy(logits[0, :-1].float(), ids[0, a + 1 : b], reduction="none"))
+    torch.testing.assert_close(out["loss"], torch.cat(nats).mean())
+
+
+def test_labels_are_shifted_once_and_ignored_at_minus_100():
+    model = build(MODULES["gqa"]())
+    ids = torch.randint(VOCAB, (2, 7))
+    labels = ids.clone()
+    labels[0, 3:5] = -100
+    out = model(ids, labels=labels)
+    log_probability = out["logits"].float().log_softmax(-1)
+    nats = [
+        -log_probability[b, t, ids[b, t + 1]]
+        for b in range(2)
+        for t in range(6)
+        if labels[b, t + 1] != -100
+    ]
+    torch.testing.assert_close(out["loss"], torch.stack(nats).mean())
+    assert model(ids)["loss"] is None
+    assert model(ids, labels=torch.full_like(ids, -100))["loss"] == 0
+
+
+def test_where_the_norms_stand():
+    used = {"pre": ["pre"], "post": ["post"], "sandwich": ["post", "pre"]}
+    for strategy, expected in used.items():
+        block = build(MODULES["mha"](), norm_strategy=strategy).layers[0]
+        for branch in ("attention", "mlp"):
+            kinds = {k: getattr(block, f"{branch}_{k}_norm") for k in ("post", "pre")}
+            assert [k for k, m in kinds.items() if isinstance(m, nn.RMSNorm)] == expected
+    # A post-normed branch adds rows of unit mean square, however large its weights are.
+    block = build(MODULES["mha"](), norm_strategy="post").layers[0]
+    with torch.no_grad():
+        block.mlp.down_proj.weight.mul_(100)
+    branch = block.mlp_post_norm(block.mlp(torch.randn(1, 5, WIDTH)))
+    torch.testing.assert_close(branch.square().mean(-1), torch.ones(1, 5), atol=1e-3, rtol=0)
+
+
+def test_embeddings_are_tied_unless_told():
+    tied = build(MODULES["mha"]())
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+    free = build(MODULES["mha"](), tie_embeddings=False)
+    assert free.count_parameters() == tied.count_parameters() + VOCAB * WIDTH
+    assert not torch.equal(free.lm_head.weight, free.embed_tokens.weight)
+
+
+def test_biases_only_when_asked():
+    biased = build(MODULES["mha"](), use_bias=True)
+    assert biased.layers[0].mlp.up_proj.bias is not None
+    assert build(MODULES["mha"]()).layers[0].mlp.up_proj.bias is None
+
+
+@every_module
+def test_a_repeated_batch_is_learnt(make):
+    model = build(make())
+    ids = torch.randint(VOCAB, (2, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(ids, labels=ids)["loss"]
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_visible_pairs_counts_the_mask():
+    for tokens in (1, 5, 9):
+        for window in (None, 1, 4, 9, 20):
+            counted = sum(min(t + 1, window or tokens) for t in range(tokens))
+            assert visible_pairs(tokens, window) == counted
+
+
+IDS = torch.zeros(1, 5, dtype=torch.int64)
+REFUSALS = [
+    (lambda m: m(IDS.float()), TypeError, "input_ids: expected integers, got torch.float32"),
+    (lambda m: m(IDS[0]), ValueError, "input_ids: expected [B, T], got [5]"),
+    (lambda m: m(IDS[:, :0]), ValueError, "input_ids: expected [B, T], got [1, 0]"),
+    (lambda m: m(IDS.expand(1, 5).repeat(1, 13)), ValueError,
+     "input_ids: expected at most max_seq_len=64 tokens in a sequence, got 65"),
+    (lambda m: m(IDS + VOCAB), ValueError, "input_ids: expected values from 0 to 30, got 31 to 31"),
+    (lambda m: m(IDS - 1), ValueError, "input_ids: expected values from 0 to 30, got -1 to -1"),
+    (lambda m: m(IDS, labels=IDS[:, 1:]), ValueError,
+     "labels: expected input_ids' shape [1, 5], got [1, 4]"),
+    (lambda m: m(IDS, IDS[:, 1:]), ValueError, "attention_mask: expected [B=1, T=5]"),
+    (lambda m: m(IDS, IDS + 1, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)), ValueError,
+     "cu_seqlens: expected None beside attention_mask or cache"),
+    (lambda m: build(nn.Linear(WIDTH, WIDTH)), TypeError,
+     "attention_module: expected an instance of smollm.attention.Attention"),
+    (lambda m: build(MultiHeadAttention(WIDTH, 6), embed_dim=48), ValueError,
+     "attention_module: expected embed_dim=48, got 24"),
+    (lambda m: build(MultiHeadAttention(WIDTH, 6), norm_strategy="peri"), ValueError,
+     "norm_strategy: expected one of ('pre', 'post', 'sandwich'), got 'peri'"),
+    (lambda m: build(MultiHeadAttention(WIDTH, 6), num_layers=0), ValueError,
+     "num_layers: expected >= 1, got 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "text"), REFUSALS, ids=[r[2][:45] for r in REFUSALS])
+def test_refusal(call, error, text):
+    model = build(MODULES["mha"]())
+    with pytest.raises(error, match=re.escape(text)):
+        call(model)
+
+
+def test_packed_sequences_are_limited_one_by_one():
+    model = build(MODULES["mha"](), max_seq_len=5)
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    model(ids, cu_seqlens=torch.tensor([0, 4, 9], dtype=torch.int32))
+    with pytest.raises(ValueError, match="max_seq_len=5 tokens in a sequence, got 6"):
+        model(ids, cu_seqlens=torch.tensor([0, 3, 9], dtype=torch.int32))
