@@ -181,7 +181,6 @@ def prepare_corpus(
         if not path.is_file():
             raise FileNotFoundError(f"data_files: expected a parquet file, got {path}")
     loaded = _load_tokenizer(tokenizer)
-    _check_tokenizer(loaded)
     texts = _parquet_texts(name, shards, data_files)
     return _prepare(name, texts, loaded, root, held_out=5, shard_tokens=shard_tokens)
 
@@ -197,9 +196,9 @@ def _prepare(
     **about: str,
 ) -> Path:
     """Write a corpus beside its place and move it there once it is whole."""
+    eos_id = _end_of_text(tokenizer)
     root.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-    eos_id = int(tokenizer.token_to_id(END_OF_TEXT) or 0)
     digest = hashlib.sha256()
     writers = {s: _ShardWriter(building, s, shard_tokens) for s in ("train", "val")}
     count = 0
@@ -360,16 +359,19 @@ def _reach_hub() -> None:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
-def _check_tokenizer(tokenizer: Tokenizer) -> None:
+def _end_of_text(tokenizer: Tokenizer) -> int:
+    """Check that the tokenizer fits the shards; the id that ends a document."""
     size = _vocab_size(tokenizer)
     if size > MAX_VOCAB:
         raise ValueError(
             f"tokenizer: expected a vocabulary of at most {MAX_VOCAB} (uint16), got {size}"
         )
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
+    eos_id: int | None = tokenizer.token_to_id(END_OF_TEXT)
+    if eos_id is None:
         raise ValueError(f"tokenizer: expected a token {END_OF_TEXT}, got none")
     if "ByteLevel" not in json.dumps(json.loads(tokenizer.to_str())["decoder"]):
         raise ValueError("tokenizer: expected a byte-level BPE, got another decoder")
+    return eos_id
 
 
 def _vocab_size(tokenizer: Tokenizer) -> int:
