@@ -197,6 +197,9 @@ def _prepare(
 ) -> Path:
     """Write a corpus beside its place and move it there once it is whole."""
     eos_id = _end_of_text(tokenizer)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a document that spells one out does not end there
     root.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     digest = hashlib.sha256()
@@ -207,7 +210,8 @@ def _prepare(
         with Progress(*columns, transient=True) as progress:
             task = progress.add_task(f"tokenising {name}")
             for texts in _batches(documents, 256):
-                for text, encoding in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+                for text, encoding in zip(texts, encodings, strict=True):
                     raw = text.encode()
                     digest.update(len(raw).to_bytes(8, "little") + raw)
                     split = "val" if _held_out(text, held_out) else "train"
@@ -320,7 +324,8 @@ def _parquet_texts(name: str, shards: int, data_files: Sequence[Path]) -> Iterat
             source, data_files={"train": files}, split="train", streaming=True
         )
         for row in stream:
-            yield row["text"]
+            if row["text"]:
+                yield row["text"]
     except KeyError as error:
         raise ValueError(f"{files[0]}: expected a column 'text', got none") from error
     except (ConnectionError, FileNotFoundError) as error:

@@ -202,6 +202,31 @@ def test_parquet_becomes_shards(parquet, tokenizer_file, tmp_path):
     assert load_corpus("mine", tmp_path).sha256 == corpus.sha256
 
 
+def test_a_tokenizer_cuts_pads_and_adds_nothing(corpus, tmp_path):
+    """Neither settings saved in tokenizer.json nor a document's text bend the token stream."""
+    from tokenizers import Tokenizer, processors
+
+    loaded = Tokenizer.from_str(corpus.tokenizer.to_str())
+    loaded.enable_truncation(4)
+    loaded.enable_padding(length=64)
+    loaded.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", corpus.eos_id)]
+    )
+    loaded.encode_special_tokens = False
+    loaded.save(str(tmp_path / "tokenizer.json"))
+    texts = [f"document {n} says <|endoftext|> and goes on for a while" for n in range(500)]
+    path = tmp_path / "texts.parquet"
+    datasets.Dataset.from_dict({"text": [*texts, None, ""]}).to_parquet(path)
+    folder = prepare_corpus(
+        "odd", 1, tmp_path / "d", data_files=[path], tokenizer=str(tmp_path / "tokenizer.json")
+    )
+    prepared = Corpus(folder)
+    ids = np.concatenate([open_shard(s, prepared.vocab_size) for s in folder.glob("*.bin")])
+    assert prepared.documents == len(texts)
+    assert np.sum(ids == prepared.eos_id) == len(texts)
+    assert prepared.tokenizer.decode(ids.tolist()).count("goes on for a while") == len(texts)
+
+
 def test_an_interrupted_preparation_leaves_nothing(parquet, tokenizer_file, tmp_path, monkeypatch):
     def stream(*arguments):
         yield from (f"document {i}" for i in range(700))
