@@ -1,10 +1,92 @@
 """attention(): MHA, GQA and MQA, with windows, packing and sinks."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from kernels import checks, reference
+
+
+@torch.library.custom_op("smollm_attention::forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window_size: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from kernels.core.forward import launch_forward
+
+    return launch_forward(q, k, v, sinks, cu_seqlens, causal, window_size, scale)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batches, tokens, heads, _width = q.shape
+    lse = q.new_empty(batches, heads, tokens, dtype=torch.float32)
+    return q.new_empty(batches, tokens, heads, v.shape[-1]), lse
+
+
+@torch.library.custom_op("smollm_attention::backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window_size: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from kernels.core.backward import launch_backward
+
+    return launch_backward(q, k, v, o, lse, do, dlse, cu_seqlens, causal, window_size, scale)
+
+
+@_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, torch.empty_like(lse)
+
+
+class _AttentionFunction(torch.autograd.Function):
+    """o and lse [B, HQ, Tq]; keeps q, k, v, o and lse for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        cu_seqlens: Tensor | None,
+        causal: bool,
+        window_size: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = _forward(q, k, v, sinks, cu_seqlens, causal, window_size, scale)
+        ctx.save_for_backward(q, k, v, o, lse, sinks, cu_seqlens)
+        ctx.arguments = causal, window_size, scale
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse, sinks, cu_seqlens = ctx.saved_tensors
+        dq, dk, dv, delta = _backward(q, k, v, o, lse, do, dlse, cu_seqlens, *ctx.arguments)
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:  # -P_sink delta, summed over queries
+            weights = torch.exp(sinks.float()[:, None] - lse)  # [B, HQ, Tq]
+            dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv, dsinks, None, None, None, None
 
 
 @overload
@@ -67,13 +149,15 @@ def attention(
         v: [B, Tk, HV, D_V], HK a multiple of HV.
         causal: False lets every query see every key of its sequence. Default True.
         window_size: keys that a query sees, its own included; None (default) is unlimited.
-        scale: factor on the scores. Default D_QK ** -0.5.
+        scale: factor > 0 on the scores. Default D_QK ** -0.5.
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1, Tq = Tk: tokens see
             only their own sequence. Default None.
         sinks: [HQ], a learned logit per head that joins the softmax, and so the lse, and
             carries no value. Default None.
         return_lse: also return the log-sum-exp of the scores. Default False.
-        impl: "auto" (default), "eager" or "triton".
+        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Triton
+            takes fp16, bf16 and fp32, widths up to 256, any strides with the last one 1; its
+            backward is deterministic.
 
     Returns:
         o [B, Tq, HQ, D_V] in q's type; with return_lse also lse [B, Tq, HQ] in fp32, natural
@@ -82,7 +166,7 @@ def attention(
 
     Raises:
         ValueError, TypeError: an argument breaks its contract; the text names it, what was
-            expected and what came. NotImplementedError: impl="triton".
+            expected and what came.
 
     Source: Vaswani et al., arXiv 1706.03762; GQA, arXiv 2305.13245; sinks, arXiv 2309.17453.
     """
@@ -96,7 +180,12 @@ def attention(
         cu_seqlens=cu_seqlens,
         sinks=sinks,
     )
-    checks.implementation(impl)
+    if checks.implementation(impl, q=q, k=k, v=v) == "triton":
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
+            q, k, v, sinks, cu_seqlens, causal, window_size, scale
+        )
+        return (o, lse.transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(
         q,
         k,

@@ -5,6 +5,7 @@ first tensor that carries it, and every later tensor must agree.
 """
 
 import math
+import os
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +15,10 @@ Impl = Literal["auto", "eager", "triton"]
 Environment = Literal["query", "kin", "none"]
 Sizes = dict[str, int]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_FLOATS = (*_KERNEL_FLOATS, torch.float64)
+_MAX_WIDTH = 256
+_MAX_TOKENS = 2**30  # positions and windows add up inside int32
 
 
 def attention(
@@ -183,13 +187,47 @@ def latent_decode(
     _scale(scale)
 
 
-def implementation(impl: str) -> Literal["eager"]:
-    """Resolve `impl`. Every op runs its eager oracle; fused kernels are not built yet."""
+def implementation(impl: str, **inputs: Tensor) -> Literal["eager", "triton"]:
+    """Resolve `impl` for an op's main inputs; what the kernels cannot serve is refused."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
+    device = next(iter(inputs.values())).device.type
+    if impl == "eager" or (impl == "auto" and device != "cuda"):
+        return "eager"
+    if device != "cuda" and not (device == "cpu" and _interpreting()):
+        raise ValueError(
+            "impl: expected CUDA tensors for 'triton' (or CPU tensors with TRITON_INTERPRET=1 set "
+            f"before the start), got tensors on {device}"
+        )
+    for name, x in inputs.items():
+        if x.dtype not in _KERNEL_FLOATS:
+            raise TypeError(f"{name}: expected one of {_KERNEL_FLOATS} for Triton, got {x.dtype}")
+        if not 1 <= x.shape[-1] <= _MAX_WIDTH:
+            raise ValueError(
+                f"{name}: expected a width of 1 to {_MAX_WIDTH} for Triton, got {x.shape[-1]}"
+            )
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: expected a last stride of 1 for Triton, got strides {x.stride()}"
+            )
+        if x.shape[1] > _MAX_TOKENS:
+            raise ValueError(
+                f"{name}: expected at most {_MAX_TOKENS} tokens for Triton, got {x.shape[1]}"
+            )
+    return "triton"
+
+
+def eager_only(impl: str) -> None:
+    """Resolve `impl` for an op that has no fused kernel yet."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
     if impl == "triton":
         raise NotImplementedError("impl: expected 'auto' or 'eager' (no fused kernel yet)")
-    return "eager"
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs its interpreter on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
@@ -264,8 +302,8 @@ def _scale(scale: float | None) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
         raise TypeError(f"scale: expected a number or None, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: expected a finite number > 0, got {scale}")
 
 
 def _rope_pair(q_name: str, q_rope: Tensor | None, k_name: str, k_rope: Tensor | None) -> None:

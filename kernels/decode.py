@@ -41,7 +41,7 @@ def attention_decode(
     checks.attention_decode(
         q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
     )
-    checks.implementation(impl)
+    checks.eager_only(impl)
     return reference.attention_decode(
         q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
     )
@@ -93,7 +93,7 @@ def latent_decode(
         window_size=window_size,
         scale=scale,
     )
-    checks.implementation(impl)
+    checks.eager_only(impl)
     return reference.latent_decode(
         q_latent,
         q_rope,

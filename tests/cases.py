@@ -14,8 +14,8 @@ class AttentionCase:
     batch: int = 1
     q_tokens: int = 64
     k_tokens: int | None = None  # q_tokens unless given
-    q_heads: int = 9
-    k_heads: int = 3
+    q_heads: int = 3
+    k_heads: int = 1
     v_heads: int | None = None  # k_heads unless given
     width: int = 64
     v_width: int | None = None  # width unless given
@@ -57,24 +57,27 @@ class AttentionCase:
 
 
 ATTENTION_CASES = [
-    AttentionCase("smollm", batch=2, q_tokens=128),
+    AttentionCase("smollm", batch=2, q_tokens=97, q_heads=9, k_heads=3),
     *(AttentionCase(f"tokens-{t}", q_tokens=t) for t in (1, 15, 16, 17, 63, 65, 127, 129)),
     AttentionCase("window-1", q_tokens=65, window_size=1),
     AttentionCase("window-in-block", q_tokens=129, window_size=7),
-    AttentionCase("window-across-blocks", q_tokens=193, window_size=100),
+    AttentionCase("window-across-blocks", q_tokens=193, q_heads=2, window_size=100),
     AttentionCase("window-is-T", q_tokens=65, window_size=65),
     AttentionCase("window-over-T", q_tokens=65, window_size=1000),
     AttentionCase("width-16", width=16, q_tokens=33),
     AttentionCase("width-40", width=40, q_tokens=65),
     AttentionCase("width-96", width=96, q_tokens=65),
     AttentionCase("width-128", width=128, q_tokens=65),
+    AttentionCase("width-256", width=256, q_tokens=33),
+    AttentionCase("width-1", width=1, q_tokens=33),
     AttentionCase("width-qk-96-v-64", width=96, v_width=64, q_tokens=65, q_heads=4, k_heads=4),
     AttentionCase("width-qk-32-v-80", width=32, v_width=80, q_tokens=65),
     AttentionCase("heads-9-9", q_heads=9, k_heads=9, q_tokens=65),
     AttentionCase("heads-9-1", q_heads=9, k_heads=1, q_tokens=65),
     AttentionCase("heads-6-2", q_heads=6, k_heads=2, q_tokens=65),
+    AttentionCase("heads-32-8", q_heads=32, k_heads=8, q_tokens=17, width=16),
     AttentionCase("value-heads-6-6-2", q_heads=6, k_heads=6, v_heads=2, q_tokens=65),
-    AttentionCase("value-heads-8-4-2", q_heads=8, k_heads=4, v_heads=2, q_tokens=65),
+    AttentionCase("value-heads-8-4-2", q_heads=8, k_heads=4, v_heads=2, q_tokens=40),
     AttentionCase("packed", q_tokens=150, lengths=(70, 1, 16, 63)),
     AttentionCase("packed-window", q_tokens=150, lengths=(70, 1, 0, 79), window_size=20),
     AttentionCase("packed-bidirectional", q_tokens=150, lengths=(70, 1, 79), causal=False),
@@ -86,9 +89,14 @@ ATTENTION_CASES = [
     AttentionCase("rows-without-keys-window", q_tokens=80, k_tokens=30, window_size=4),
     AttentionCase("bidirectional", q_tokens=65, causal=False),
     AttentionCase("bidirectional-cross", q_tokens=65, k_tokens=40, causal=False),
-    AttentionCase("strided", batch=2, q_tokens=65, contiguous=False),
-    AttentionCase("sinks", q_tokens=65, sinks=True),
-    AttentionCase("sinks-window", q_tokens=129, sinks=True, window_size=30),
-    AttentionCase("sinks-rows-without-keys", q_tokens=40, k_tokens=20, sinks=True),
+    AttentionCase("strided", batch=2, q_tokens=40, q_heads=6, k_heads=2, contiguous=False),
+    # Many heads: the tolerance compares root mean squares, and dsinks has one element a head.
+    AttentionCase("sinks", q_tokens=33, q_heads=32, k_heads=8, width=16, sinks=True),
+    AttentionCase(
+        "sinks-window", q_tokens=40, q_heads=32, k_heads=8, width=16, sinks=True, window_size=15
+    ),
+    AttentionCase(
+        "sinks-rows-without-keys", q_tokens=30, k_tokens=20, q_heads=32, width=16, sinks=True
+    ),
     AttentionCase("scale", q_tokens=65, scale=0.3),
 ]

@@ -1,11 +1,31 @@
+import os
+
 import pytest
 import torch
 
-from smollm.data import Corpus, prepare_builtin
+if not torch.cuda.is_available():  # read when a kernel is defined, so before any is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(2)
+    if not torch.cuda.is_available():
+        _hasten_the_interpreter()
+
+
+def _hasten_the_interpreter() -> None:
+    """Let it patch triton.language for each module of jit helpers, not at each of their calls."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +36,8 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A folder with the built-in corpus prepared in it, once a session."""
+    from smollm.data import prepare_builtin
+
     root = tmp_path_factory.mktemp("data")
     prepare_builtin(root)
     return root
@@ -23,4 +45,6 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus(data_dir):
+    from smollm.data import Corpus
+
     return Corpus(data_dir / "builtin")

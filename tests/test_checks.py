@@ -51,7 +51,7 @@ REFUSALS = [
     (lambda: kernels.attention(Q, K, K, window_size=3, causal=False), ValueError,
      "window_size: expected None when causal=False, got 3"),
     (lambda: kernels.attention(Q, K, K, scale=float("nan")), ValueError,
-     "scale: expected a finite number, got nan"),
+     "scale: expected a finite number > 0, got nan"),
     (lambda: kernels.attention(Q, K, K, scale="1"), TypeError,
      "scale: expected a number or None, got '1'"),
     (lambda: kernels.attention(Q, K, K, sinks=z(3)), ValueError,
@@ -72,8 +72,17 @@ REFUSALS = [
      "cu_seqlens: expected non-decreasing offsets from 0 to T=5, got [0, 3, 2, 5]"),
     (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 5).to("meta")), ValueError,
      "cu_seqlens: expected device cpu, got meta"),
-    (lambda: kernels.attention(Q, K, K, impl="triton"), NotImplementedError,
-     "impl: expected 'auto' or 'eager'"),
+    (lambda: kernels.attention(Q, K, K, scale=0.0), ValueError,
+     "scale: expected a finite number > 0, got 0.0"),
+    (lambda: kernels.attention(Q.double(), K.double(), K.double(), impl="triton"), TypeError,
+     "q: expected one of (torch.float16, torch.bfloat16, torch.float32) for Triton, got "
+     "torch.float64"),
+    (lambda: kernels.attention(z(1, 5, 1, 257), z(1, 5, 1, 257), z(1, 5, 1, 8), impl="triton"),
+     ValueError, "q: expected a width of 1 to 256 for Triton, got 257"),
+    (lambda: kernels.attention(Q, K, z(2, 5, 64, 3).mT, impl="triton"), ValueError,
+     "v: expected a last stride of 1 for Triton, got strides (960, 192, 1, 3)"),
+    (lambda: kernels.attention(Q.to("meta"), K.to("meta"), K.to("meta"), impl="triton"), ValueError,
+     "impl: expected CUDA tensors for 'triton'"),
     (lambda: kernels.attention(Q, K, K, impl="cuda"), ValueError,
      "impl: expected one of ('auto', 'eager', 'triton'), got 'cuda'"),
     (lambda: kernels.latent_attention(ONE, None, ONE, z(1, 5, 8), ONE), ValueError,
@@ -116,6 +125,12 @@ REFUSALS = [
 def test_refusal(call, error, text):
     with pytest.raises(error, match=re.escape(text)):
         call()
+
+
+def test_triton_on_a_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"impl: expected CUDA tensors .*, got tensors on cpu"):
+        kernels.attention(Q, K, K, impl="triton")
 
 
 def test_a_length_of_zero_gives_zero():

@@ -1,0 +1,220 @@
+"""What the compiler makes of every kernel at every tile of the table, with no GPU at hand.
+
+`python -m bench.resources [--arch 80 90 100 120] [--json FILE]` compiles ahead of time, prints one
+row per kernel and tile, and exits with 1 when a tile spills, has its matrix instructions
+serialised, needs more shared memory than the architecture has, or misses wgmma on sm_90.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.core import tiles
+from kernels.core.backward import launch_backward
+from kernels.core.forward import launch_forward
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of one SM: shared memory in bytes, of a block and in all, and threads."""
+
+    block_shared: int
+    shared: int
+    threads: int
+
+
+REGISTERS, RESERVED_SHARED, MAX_CTAS = 65_536, 1024, 32
+MULTIPROCESSORS = {
+    80: Multiprocessor(163 << 10, 164 << 10, 2048),
+    90: Multiprocessor(227 << 10, 228 << 10, 2048),
+    100: Multiprocessor(227 << 10, 228 << 10, 2048),
+    120: Multiprocessor(99 << 10, 100 << 10, 1536),
+}
+# 64 keys, the fewest of a wgmma, have two accumulators of 64 x 256 that leave no register over.
+WITHOUT_WGMMA = {("dkdv", 256)}
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    arch: int
+    kernel: str
+    dtype: str
+    width: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ctas_per_sm: int
+    instructions: dict[str, int]
+    warnings: tuple[str, ...]
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this tile must not stand in the table."""
+        faults = []
+        if self.spill_bytes:
+            faults.append(f"spills {self.spill_bytes} bytes")
+        if any("C7510" in line or "C7511" in line for line in self.warnings):
+            faults.append("wgmma serialised")
+        if self.shared_bytes > MULTIPROCESSORS[self.arch].block_shared:
+            faults.append("too much shared memory")
+        multiplies_halves = self.dtype != "float32" and self.kernel != "delta"
+        exempt = (self.kernel, self.width) in WITHOUT_WGMMA
+        if self.arch == 90 and multiplies_halves and not (self.instructions["HGMMA"] or exempt):
+            faults.append("no wgmma")
+        return faults
+
+
+class _Target:
+    """Stands in for the CUDA driver where there is no GPU."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+@contextlib.contextmanager
+def compiling(arch: int) -> Iterator[list[Row]]:
+    """Launches inside compile for `arch`, run nothing, and leave a row each in the list."""
+    rows: list[Row] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        self.device_caches.clear()  # a kernel met before must compile again, to be heard of again
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        rows.append(_row(arch, kernel, kwargs, log.getvalue()))
+        return kernel
+
+    with (
+        triton.knobs.compilation.scope(),
+        triton.knobs.nvidia.scope(),
+        mock.patch.object(driver, "_active", _Target(arch)),
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(tiles, "architecture", lambda device: arch),
+    ):
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        yield rows
+
+
+def attention_rows(arch: int, width: int, dtype: torch.dtype) -> list[Row]:
+    """Compile the attention core as its launchers do: 9 query heads over 3, window 1024."""
+    q, k, v = (torch.empty(1, 4096, h, width, dtype=dtype, device="meta") for h in (9, 3, 3))
+    with compiling(arch) as rows:
+        o, lse = launch_forward(q, k, v, None, None, True, 1024, width**-0.5)
+        launch_backward(q, k, v, o, lse, o, lse, None, True, 1024, width**-0.5)
+    return rows
+
+
+def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers, f"ptxas said nothing of {kernel.metadata.name}: {log}"
+    sass = _disassemble(kernel.asm["cubin"])
+    metadata = kernel.metadata
+    return Row(
+        arch=arch,
+        kernel=metadata.name.removesuffix("_kernel"),
+        dtype=str(arguments["do_ptr" if "do_ptr" in arguments else "q_ptr"].dtype)[6:],
+        width=arguments["D_V"],
+        block_m=arguments["BLOCK_M"],
+        block_n=arguments.get("BLOCK_N", 0),
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=int(registers[1]),
+        spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+        shared_bytes=metadata.shared,
+        ctas_per_sm=_ctas_per_sm(arch, int(registers[1]), metadata.num_warps, metadata.shared),
+        instructions={name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
+        warnings=tuple(line for line in log.splitlines() if "(C7" in line),
+    )
+
+
+def _ctas_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:
+    limits = MULTIPROCESSORS[arch]
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = limits.shared // (shared + RESERVED_SHARED)
+    return min(by_registers, by_shared, limits.threads // (32 * warps), MAX_CTAS)
+
+
+def _disassemble(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The rows as a table, faults and warnings last in each."""
+    columns = ("arch", "kernel", "dtype", "width", "block_m", "block_n", "num_warps", "num_stages",
+               "registers", "spill_bytes", "shared_bytes", "ctas_per_sm")  # fmt: skip
+    titles = ("sm", "kernel", "type", "width", "M", "N", "warps", "stages", "regs", "spills",
+              "shared", "CTAs", *INSTRUCTIONS, "faults and warnings")  # fmt: skip
+    lines: list[tuple[str, ...]] = [titles]
+    for row in rows:
+        cells = [str(getattr(row, column)) for column in columns]
+        cells += [str(row.instructions[name]) for name in INSTRUCTIONS]
+        lines.append((*cells, "; ".join([*row.faults, *row.warnings])))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    known = sorted(MULTIPROCESSORS)
+    parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
+    parser.add_argument("--width", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args(argv)
+    rows = [
+        row
+        for arch in arguments.arch
+        for dtype in arguments.dtype
+        for width in arguments.width
+        for row in attention_rows(arch, width, getattr(torch, dtype))
+    ]
+    print(report(rows))
+    if arguments.json:
+        about = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(about, indent=1))
+    return 1 if any(row.faults for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

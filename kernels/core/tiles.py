@@ -1,0 +1,90 @@
+"""Launch shapes: a frozen table, chosen with `python -m bench.resources`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["forward", "dq", "dkdv"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile, warps of a program, stages of its software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The tile as a kernel launch takes it."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+Table = dict[Direction, dict[int, Tile]]  # by direction and widest padded width that a tile serves
+
+HALF_PRECISION: dict[int, Table] = {  # by architecture
+    80: {
+        "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+    },
+    90: {
+        "forward": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "dq": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
+    },
+    100: {
+        "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "dq": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+    },
+    120: {
+        "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+    },
+}
+SINGLE_PRECISION: Table = {
+    "forward": {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "dq": {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "dkdv": {64: Tile(16, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+}
+INTERPRETER: dict[Direction, Tile] = {
+    "forward": Tile(64, 32, 4, 1),
+    "dq": Tile(32, 64, 4, 1),
+    "dkdv": Tile(32, 64, 4, 1),
+}
+
+
+def choose(direction: Direction, q: Tensor, width: int) -> Tile:
+    """The tile for queries like q and the wider of the padded widths of keys and values."""
+    if q.device.type == "cpu":
+        return INTERPRETER[direction]
+    halves = q.dtype in (torch.float16, torch.bfloat16)
+    table = HALF_PRECISION[architecture(q.device)] if halves else SINGLE_PRECISION
+    return next(tile for widest, tile in table[direction].items() if width <= widest)
+
+
+def architecture(device: torch.device) -> int:
+    """The architecture of the table whose tiles a GPU can run.
+
+    Raises:
+        NotImplementedError: none can, the GPU is older than Ampere.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise NotImplementedError(
+            f"device: expected compute capability 8.0 or later, got {major}.{minor}"
+        )
+    if major >= 12 or (major == 8 and minor > 0):  # about 100 KB of shared memory
+        return 120
+    return {8: 80, 9: 90}.get(major, 100)

@@ -1,0 +1,226 @@
+"""The fused attention against its oracle: on a GPU, or under Triton's interpreter without one."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import ATTENTION_CASES, AttentionCase
+from numerics import assert_parity
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import checks
+from smollm import GroupedQueryAttention, create_smollm_with_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BY_NAME = {case.name: case for case in ATTENTION_CASES}
+ALL_CASES = pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+
+
+def cases(*names):
+    return pytest.mark.parametrize("case", [BY_NAME[n] for n in names], ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def _outputs_start_as_nan():
+    """PyTorch fills fresh memory with NaN where algorithms are to be deterministic."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def attend(case, impl="triton"):
+    """The case as a function of its tensors that returns its outputs by name."""
+
+    def run(**inputs):
+        o, lse = kernels.attention(**inputs, **case.arguments, return_lse=True, impl=impl)
+        return {"o": o, "lse": lse}
+
+    return run
+
+
+def random(*shape, grad=False):
+    return torch.randn(*shape, device=DEVICE, requires_grad=grad)
+
+
+def assert_case_parity(case, dtype):
+    assert_parity(attend(case), attend(case, "eager"), case.inputs(dtype, DEVICE))
+
+
+@ALL_CASES
+def test_parity(case):
+    assert_case_parity(case, torch.float32)
+
+
+@cases("smollm", "tokens-17", "window-across-blocks", "width-96", "value-heads-8-4-2",
+       "packed-window", "fewer-queries-window", "strided", "sinks-window")  # fmt: skip
+def test_parity_in_bfloat16(case):
+    assert_case_parity(case, torch.bfloat16)
+
+
+@cases("tokens-65", "width-40", "sinks")
+def test_parity_in_float16(case):
+    assert_case_parity(case, torch.float16)
+
+
+@ALL_CASES
+def test_identity_values_show_exactly_the_mask(case):
+    """Where v is the identity the output is the attention matrix; so is dv where do is."""
+    case = dataclasses.replace(case, batch=1, q_heads=1, k_heads=1, v_heads=None, width=16)
+    inputs = case.inputs(torch.float32, DEVICE)
+    inputs["v"] = torch.eye(inputs["k"].shape[1], device=DEVICE)[None, :, None].requires_grad_()
+    o, expected = attend(case)(**inputs)["o"], attend(case, "eager")(**inputs)["o"]
+    assert torch.equal(o != 0, expected != 0)
+    if case.q_tokens == inputs["k"].shape[1]:
+        (dv,) = torch.autograd.grad(o, inputs["v"], torch.eye(case.q_tokens)[None, :, None].to(o))
+        assert torch.equal(dv[0, :, 0] != 0, (expected[0, :, 0] != 0).T)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
+def test_poison_out_of_sight_changes_no_bit(packed):
+    tokens, window, row = 150, 40, 100
+    q, k, v, do = (random(1, tokens, 2, 32) for _ in range(4))
+    options = {"impl": "triton", "window_size": window, "return_lse": True}
+    first = row - window + 1
+    if packed:
+        first = 90
+        options["cu_seqlens"] = torch.tensor([0, 90, 150], dtype=torch.int32, device=DEVICE)
+
+    def of_row(k, v):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o, lse = kernels.attention(*leaves, **options)
+        dq, dk, dv = torch.autograd.grad(o[:, row], leaves, do[:, row])
+        return o[:, row], lse[:, row], dq[:, row], dk[:, first : row + 1], dv[:, first : row + 1]
+
+    clean = of_row(k, v)
+    for unseen in (slice(0, first), slice(row + 1, None)):
+        poisoned_k, poisoned_v = k.clone(), v.clone()
+        poisoned_k[:, unseen] = poisoned_v[:, unseen] = 1e4
+        for before, after in zip(clean, of_row(poisoned_k, poisoned_v), strict=True):
+            assert torch.equal(before, after)
+
+
+@cases("heads-6-2", "packed-window")
+def test_gradients_are_the_same_bits_every_time(case):
+    inputs = case.inputs(torch.bfloat16, DEVICE)
+    names = [name for name, x in inputs.items() if x is not None and x.is_floating_point()]
+    do = None
+
+    def gradients():
+        nonlocal do
+        leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+        o = attend(case)(**inputs | leaves)["o"]
+        do = torch.randn_like(o) if do is None else do
+        return torch.autograd.grad(o, list(leaves.values()), do)
+
+    for one, other in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Ops(TorchDispatchMode):
+    """Every operator that ran, by name, and the largest tensor that one returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def test_nothing_is_quadratic_and_nothing_is_copied():
+    tokens = 300
+    case = AttentionCase("strided", q_tokens=tokens, width=16, window_size=70, contiguous=False)
+    leaves = {n: x for n, x in case.inputs(torch.float32, DEVICE).items() if x is not None}
+    for x in leaves.values():
+        x.requires_grad_()
+    do = case.inputs(torch.float32, DEVICE)["q"]
+    assert not do.is_contiguous()
+    kept = []
+    with Ops() as ops:
+        with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            o = kernels.attention(**leaves, window_size=70, impl="triton")
+        torch.autograd.grad(o, list(leaves.values()), do)
+    assert ops.largest == tokens * 3 * 16
+    assert not ops.names & {"clone", "copy_", "contiguous", "_to_copy"}
+    shapes = [tuple(x.shape) for x in kept]
+    assert shapes == [tuple(x.shape) for x in (*leaves.values(), o)] + [(1, 3, tokens)]
+    assert all(any(x.data_ptr() == y.data_ptr() for x in kept) for y in leaves.values())
+
+
+def test_a_summed_output_has_a_gradient():
+    """The gradient of a sum has no strides at all."""
+    leaves = [random(1, 20, 2, 16, grad=True) for _ in range(3)]
+    for impl in ("triton", "eager"):
+        o = kernels.attention(*leaves, impl=impl)
+        gradients = torch.autograd.grad(o.sum(), leaves)
+        if impl == "triton":
+            ours = gradients
+    for x, y in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 5, 0)], ids=["B", "Tq", "Tk"])
+def test_empty_tensors(shape):
+    batch, q_tokens, k_tokens = shape
+    q, k, v = (random(batch, t, 2, 16, grad=True) for t in (q_tokens, k_tokens, k_tokens))
+    o, lse = kernels.attention(q, k, v, return_lse=True, impl="triton")
+    assert o.shape == q.shape and o.eq(0).all()
+    assert lse.shape == q.shape[:3] and lse.eq(-torch.inf).all()
+    for x, dx in zip((q, k, v), torch.autograd.grad(o.sum(), (q, k, v)), strict=True):
+        assert dx.shape == x.shape and dx.eq(0).all()
+
+
+def test_opcheck():
+    q, k, v = random(1, 20, 6, 16), random(1, 20, 2, 16), random(1, 20, 2, 24)
+    sinks, cu_seqlens = random(6), torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
+    arguments = (True, 5, 0.25)
+    ops = torch.ops.smollm_attention
+    torch.library.opcheck(ops.forward.default, (q, k, v, sinks, cu_seqlens, *arguments))
+    o, lse = ops.forward(q, k, v, sinks, cu_seqlens, *arguments)
+    gradients = torch.randn_like(o), torch.randn_like(lse)
+    torch.library.opcheck(
+        ops.backward.default, (q, k, v, o, lse, *gradients, cu_seqlens, *arguments)
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_as_one_graph(dynamic):
+    torch.compiler.reset()
+
+    def loss(q, k, v, sinks):
+        o, lse = kernels.attention(
+            q, k, v, sinks=sinks, window_size=7, return_lse=True, impl="triton"
+        )
+        return o.square().sum() + lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (20, 33):
+        leaves = [random(1, tokens, h, 16, grad=True) for h in (6, 2, 2)] + [random(6, grad=True)]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        for x, y in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_smollm_trains_through_the_kernels(monkeypatch):
+    """A model calls attention() alone; where that chooses Triton, the model trains with it."""
+    prototype = GroupedQueryAttention(48, 3, num_kv_heads=1, use_sliding_window=True, window_size=9)
+    model = create_smollm_with_attention(prototype, 50, 48, 2, 64, 64).to(DEVICE)
+    ids = torch.randint(50, (2, 40), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0  # left padding packs the batch
+    results = {}
+    for impl in ("eager", "triton"):
+        monkeypatch.setattr(checks, "implementation", lambda *_, impl=impl, **__: impl)
+        model.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))["loss"]
+        loss.backward()
+        results[impl] = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    for x, y in zip(results["triton"], results["eager"], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-3)
