@@ -27,6 +27,11 @@ class AttentionCase:
     contiguous: bool = True
 
     @property
+    def d_v(self) -> int:
+        """The values' width."""
+        return self.width if self.v_width is None else self.v_width
+
+    @property
     def arguments(self) -> dict[str, object]:
         """What the op takes beside tensors."""
         return {"causal": self.causal, "window_size": self.window_size, "scale": self.scale}
@@ -35,7 +40,6 @@ class AttentionCase:
         """Fresh random tensors by argument name."""
         k_tokens = self.q_tokens if self.k_tokens is None else self.k_tokens
         v_heads = self.k_heads if self.v_heads is None else self.v_heads
-        v_width = self.width if self.v_width is None else self.v_width
 
         def draw(*shape: int) -> Tensor:
             if self.contiguous:
@@ -50,7 +54,7 @@ class AttentionCase:
         return {
             "q": draw(self.batch, self.q_tokens, self.q_heads, self.width),
             "k": draw(self.batch, k_tokens, self.k_heads, self.width),
-            "v": draw(self.batch, k_tokens, v_heads, v_width),
+            "v": draw(self.batch, k_tokens, v_heads, self.d_v),
             "cu_seqlens": cu_seqlens,
             "sinks": torch.randn(self.q_heads, device=device) if self.sinks else None,
         }

@@ -13,6 +13,13 @@ def pytest_configure() -> None:
         _hasten_the_interpreter()
 
 
+def pytest_collection_modifyitems(items) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 def _hasten_the_interpreter() -> None:
     """Let it patch triton.language for each module of jit helpers, not at each of their calls."""
     from triton.runtime import interpreter

@@ -1,0 +1,129 @@
+"""Attention against its peers: `python -m pytest bench/bench_attention.py --benchmark-json=FILE`.
+
+Every system is checked against fp64 before it is timed, and a wrong one has no number. Times are
+the GPU's, L2 flushed before each round; the systems of a case take turns, several times over.
+Without a GPU one tiny case proves the path, and its figures mean nothing.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from bench.costs import flops
+from bench.systems import SYSTEMS, Attention
+from bench.timing import clock, flush_l2
+from tests.cases import AttentionCase
+
+GPU = torch.cuda.is_available()
+DEVICE, TURNS, ROUNDS = ("cuda", 3, 10) if GPU else ("cpu", 1, 2)
+CHECKED_QUERIES = 128
+
+
+def _cases() -> list[AttentionCase]:
+    if not GPU:
+        return [AttentionCase("tiny", q_tokens=48, width=16)]
+    causal = [
+        AttentionCase(f"causal-{q}-{k}-{t}", 32768 // t, t, q_heads=q, k_heads=k)
+        for q, k in ((9, 3), (16, 16))
+        for t in (2048, 4096, 8192, 16384)
+    ]
+    windowed = [
+        AttentionCase(f"window-{w}-{q}-{k}-8192", 4, 8192, q_heads=q, k_heads=k, window_size=w)
+        for q, k in ((9, 3), (16, 16))
+        for w in (256, 1024)
+    ]
+    return causal + windowed
+
+
+# In the order in which they run: the systems of a case side by side.
+TIMINGS = [
+    pytest.param(case, direction, turn, system, id=f"{case.name}-{direction}-{turn}-{system}")
+    for case in _cases()
+    for direction in ("forward", "backward")
+    for turn in range(TURNS)
+    for system in SYSTEMS
+]
+
+
+class Setting:
+    """The tensors of a case, its truth, and each system that has proved right."""
+
+    def __init__(self, case: AttentionCase) -> None:
+        torch.manual_seed(0)
+        inputs = case.inputs(torch.bfloat16, DEVICE)
+        self.case = case
+        self.leaves = [inputs[name].requires_grad_() for name in "qkv"]  # type: ignore[union-attr]
+        self.do = torch.randn_like(self.leaves[0])
+        self.truth = self._of_last_queries(torch.float64)
+        self.tolerance = 2 * (self._of_last_queries(torch.bfloat16) - self.truth).abs().max()
+        self.gradients = torch.autograd.grad(
+            kernels.attention(*self.leaves, window_size=case.window_size, impl="triton"),
+            self.leaves,
+            self.do,
+        )
+        self.systems: dict[str, Attention | str] = {}
+
+    def system(self, name: str) -> Attention:
+        """The system, once it has proved right; skips where it does not serve the case."""
+        if name not in self.systems:
+            self.systems[name] = self._checked(name)
+        found = self.systems[name]
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    def _checked(self, name: str) -> Attention | str:
+        try:
+            attention = SYSTEMS[name](self.case)
+            if attention is None:
+                return "does not serve the case"
+            o = attention(*self.leaves)
+            gradients = torch.autograd.grad(o, self.leaves, self.do)
+        except Exception as failure:  # a peer's own
+            return f"failed: {type(failure).__name__}: {failure}"[:200]
+        error = (o[:, -CHECKED_QUERIES:].double() - self.truth).abs().max()
+        if not error <= self.tolerance + 1e-2:
+            return f"wrong by {error:.3g}"
+        for ours, theirs in zip(self.gradients, gradients, strict=True):
+            if not (ours - theirs).float().norm() <= 0.02 * ours.float().norm():
+                return "its gradients are not ours"
+        return attention
+
+    def _of_last_queries(self, dtype: torch.dtype) -> Tensor:
+        q, k, v = (x.detach().to(dtype) for x in self.leaves)
+        q = q[:, -CHECKED_QUERIES:]
+        o = kernels.attention(q, k, v, window_size=self.case.window_size, impl="eager")
+        return o.double()
+
+
+@cache
+def setting(case: AttentionCase) -> Setting:
+    return Setting(case)
+
+
+@pytest.mark.parametrize(("case", "direction", "turn", "system"), TIMINGS)
+@pytest.mark.benchmark(timer=clock, disable_gc=True)
+def test_attention(
+    benchmark: Any, case: AttentionCase, direction: str, turn: int, system: str
+) -> None:
+    here = setting(case)
+    attention = here.system(system)
+    o = attention(*here.leaves)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attention(*here.leaves)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(o, here.leaves, here.do, retain_graph=True)
+
+    benchmark.group = f"{case.name} {direction}"
+    benchmark.extra_info.update(
+        case=case.name, direction=direction, system=system, flops=flops(case, direction)
+    )
+    call = forward if direction == "forward" else backward
+    benchmark.pedantic(call, setup=flush_l2, rounds=ROUNDS, warmup_rounds=3)

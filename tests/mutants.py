@@ -1,0 +1,75 @@
+"""Plant one fault at a time in a copy of the kernels; each must fail the parity tests.
+
+`make mutants` or `python tests/mutants.py`; exits with 1 when a fault survives.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PRIMITIVES, FORWARD, BACKWARD, PROBLEM, OP = (
+    f"kernels/{name}.py"
+    for name in ("core/primitives", "core/forward", "core/backward", "core/problem", "attention")
+)
+MUTANTS = {
+    "window off by one": (PROBLEM, "UNLIMITED) - 1", "UNLIMITED)"),
+    "wrong kv head": (FORWARD, "head * k_heads // q_heads", "head % k_heads"),
+    "wrong kv head in dq": (BACKWARD, "head * k_heads // q_heads", "head % k_heads"),
+    "scale 1 % off": (PROBLEM, "scale * math.log2", "1.01 * scale * math.log2"),
+    "one dropped key": (PRIMITIVES, "partner[None, :] >= first", "partner[None, :] > first"),
+    "one key too many": (PRIMITIVES, "partner[None, :] < end", "partner[None, :] <= end"),
+    "o not rescaled": (FORWARD, "o * rescale[:, None]", "o"),
+    "row sum not rescaled": (PRIMITIVES, "row_sum * rescale +", "row_sum +"),
+    "interior a tile too long": (PRIMITIVES, "tl.maximum(inner_end - inner, 0)",
+                                 "tl.maximum(inner_end - inner + PARTNER_BLOCK - 1, 0)"),
+    "interior a tile too early": (PRIMITIVES, "begin + tl.cdiv(inner_begin - begin, PARTNER_BLOCK)",
+                                  "begin + (inner_begin - begin) // PARTNER_BLOCK"),
+    "sequences aligned at the start": (PROBLEM, "k_tokens - q_tokens,", "0,"),
+    "packed tokens in the next sequence": (PROBLEM, "right=True", "right=False"),
+    "dlse of the wrong sign": (BACKWARD, "1) - dlse", "1) + dlse"),
+    "delta left out": (PRIMITIVES, "weights * (dweights - delta)", "weights * dweights"),
+    "dq not scaled": (BACKWARD, "    dq *= scale_log2 / LOG2_E\n", ""),
+    "a query head left out of dk": (BACKWARD, "+ 1) * q_per_k)", "+ 1) * q_per_k - 1)"),
+    "a key head left out of dv": (BACKWARD, "+ 1) * k_per_v)", "+ 1) * k_per_v - 1)"),
+    "sinks left out of the sum": (FORWARD, "row_sum += 1.0", "row_sum += 0.0"),
+    "dsinks of the wrong sign": (OP, "dsinks = -(", "dsinks = ("),
+}  # fmt: skip
+
+
+def survives(folder: Path, file: str, old: str, new: str) -> bool:
+    """Whether the parity tests pass with the fault in place; the file is mended afterwards."""
+    path = folder / file
+    source = path.read_text()
+    if source.count(old) != 1:
+        raise ValueError(f"{file}: expected {old!r} once, got it {source.count(old)} times")
+    path.write_text(source.replace(old, new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "test_parity"]
+    try:
+        done = subprocess.run(
+            [*command, "tests/test_attention.py"], cwd=folder, capture_output=True
+        )
+    finally:
+        path.write_text(source)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout.decode() + done.stderr.decode())
+    return done.returncode == 0
+
+
+def main() -> int:
+    survivors = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "copy")
+        skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "ablation_results")
+        shutil.copytree(ROOT, folder, ignore=skipped)
+        for name, mutant in MUTANTS.items():
+            survived = survives(folder, *mutant)
+            survivors += survived
+            print(f"{'SURVIVED' if survived else 'caught':8}  {name}", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The cost model, the resource report, and the benchmark's path from timing to table."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import costs, resources, results
+from kernels.reference import visible
+from tests.cases import AttentionCase
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (True, 1), (True, 7), (True, 100)]
+)
+def test_pairs_are_those_that_are_seen(tokens, causal, window):
+    position = torch.arange(tokens)
+    seen = visible(position, position, causal=causal, window_size=window)
+    case = AttentionCase("x", q_tokens=tokens, window_size=window, causal=causal)
+    assert costs.unmasked_pairs(case) == int(seen.sum())
+
+
+def test_flops_are_two_products_forward_and_five_backward():
+    case = AttentionCase("x", batch=2, q_tokens=8, q_heads=3, width=16, v_width=32, causal=False)
+    assert costs.flops(case, "forward") == 2 * 3 * 64 * 2 * (16 + 32)
+    assert costs.flops(case, "backward") == 2.5 * costs.flops(case, "forward")
+
+
+def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
+    """On every architecture, with no GPU: no spills, and on Hopper wgmma, not serialised."""
+    file = tmp_path / "resources.json"
+    flags = ["--width", "64", "--dtype", "bfloat16", "--json", file]
+    done = python("-m", "bench.resources", *flags, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["arch"], row["kernel"]) for row in rows} == {
+        (arch, kernel)
+        for arch in (80, 90, 100, 120)
+        for kernel in ("forward", "delta", "dq", "dkdv")
+    }
+    for row in rows:
+        assert row["spill_bytes"] == 0 and row["ctas_per_sm"] >= 1
+        if row["kernel"] != "delta":
+            assert row["instructions"]["LDGSTS"] > 0
+            assert row["instructions"]["HGMMA" if row["arch"] == 90 else "HMMA"] > 0 or (
+                row["instructions"]["UTCHMMA"] > 0
+            )
+
+
+GOOD_ROW = resources.Row(
+    arch=90, kernel="dq", dtype="bfloat16", width=64, block_m=64, block_n=64, num_warps=4,
+    num_stages=2, registers=150, spill_bytes=0, shared_bytes=49152, ctas_per_sm=3,
+    instructions=dict.fromkeys(resources.INSTRUCTIONS, 1), warnings=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"warnings": ("ptxas info : (C7510) ...",)}, "wgmma serialised"),
+        ({"shared_bytes": 240_000}, "too much shared memory"),
+        ({"instructions": dict.fromkeys(resources.INSTRUCTIONS, 0)}, "no wgmma"),
+    ],
+    ids=["none", "spills", "serialised", "shared", "wgmma"],
+)
+def test_a_tile_with_a_fault_fails_the_report(change, fault, monkeypatch, capsys):
+    row = dataclasses.replace(GOOD_ROW, **change)
+    monkeypatch.setattr(resources, "attention_rows", lambda *_: [row])
+    assert resources.main(["--arch", "90"]) == (1 if fault else 0)
+    assert (fault or "dq") in capsys.readouterr().out
+
+
+def test_from_timing_to_table(tmp_path):
+    raw = tmp_path / "raw.json"
+    done = python("-m", "pytest", "bench/bench_attention.py", f"--benchmark-json={raw}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results.main([str(raw), "--output", str(tmp_path)]) == 0
+    collected = json.loads((tmp_path / "no-gpu.json").read_text())
+    assert {(r["direction"], r["system"]) for r in collected["rows"]} == {
+        (direction, system)
+        for direction in ("forward", "backward")
+        for system in ("ours", "sdpa math", "eager")
+    }
+    assert all(r["milliseconds"] > 0 and r["tflops"] > 0 for r in collected["rows"])
+    assert (tmp_path / "no-gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "| tiny | backward |" in (tmp_path / "no-gpu.md").read_text()
