@@ -1,6 +1,8 @@
 """From pytest-benchmark's JSON to a result file, and from that file alone to table and plot.
 
-`python -m bench.results RAW.json` writes bench/results/<gpu>.json, .md and .png.
+`python -m bench.results collect RAW.json` writes bench/results/<gpu>.json and prints its table;
+`python -m bench.results render bench/results/<gpu>.json` writes the table into README.md, between
+its markers, and the plot beside the file.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import torch
 import triton
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = "<!-- attention on a GPU -->", "<!-- end -->"
 
 
 def collect(raw: dict[str, Any]) -> dict[str, Any]:
@@ -104,19 +108,37 @@ def plot(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def into_readme(text: str, readme: Path) -> None:
+    """Put a table between the README's markers."""
+    first, last = MARKERS
+    before, _, rest = readme.read_text().partition(first)
+    _, found, after = rest.partition(last)
+    if not found:
+        raise ValueError(f"{readme}: expected the markers {first} and {last}, got none")
+    readme.write_text(f"{before}{first}\n{text}\n{last}{after}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.results", description=__doc__)
-    parser.add_argument("raw", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("collect")
+    command.add_argument("raw", type=Path, help="what --benchmark-json wrote")
+    command.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    command = commands.add_parser("render")
+    command.add_argument("results", type=Path, help="what collect wrote")
+    command.add_argument("--readme", type=Path, default=README)
     arguments = parser.parse_args(argv)
-    results = collect(json.loads(arguments.raw.read_text()))
-    name = re.sub(r"\W+", "-", results["gpu"].lower())
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.output / f"{name}.md").write_text(table(results) + "\n")
-    plot(results, arguments.output / f"{name}.png")
-    print(table(results))
+    if arguments.command == "collect":
+        results = collect(json.loads(arguments.raw.read_text()))
+        name = re.sub(r"\W+", "-", results["gpu"].lower())
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(table(results))
+    else:
+        results = json.loads(arguments.results.read_text())
+        into_readme(table(results), arguments.readme)
+        plot(results, arguments.results.with_suffix(".png"))
     return 0
 
 

@@ -94,7 +94,7 @@ def test_from_timing_to_table(tmp_path):
     raw = tmp_path / "raw.json"
     done = python("-m", "pytest", "bench/bench_attention.py", f"--benchmark-json={raw}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert results.main([str(raw), "--output", str(tmp_path)]) == 0
+    assert results.main(["collect", str(raw), "--output", str(tmp_path)]) == 0
     collected = json.loads((tmp_path / "no-gpu.json").read_text())
     assert {(r["direction"], r["system"]) for r in collected["rows"]} == {
         (direction, system)
@@ -102,5 +102,9 @@ def test_from_timing_to_table(tmp_path):
         for system in ("ours", "sdpa math", "eager")
     }
     assert all(r["milliseconds"] > 0 and r["tflops"] > 0 for r in collected["rows"])
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    for _ in range(2):  # a second table takes the first one's place
+        results.main(["render", str(tmp_path / "no-gpu.json"), "--readme", str(readme)])
+    assert readme.read_text().count("| tiny | backward |") == 1
     assert (tmp_path / "no-gpu.png").read_bytes().startswith(b"\x89PNG")
-    assert "| tiny | backward |" in (tmp_path / "no-gpu.md").read_text()
