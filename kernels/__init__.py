@@ -6,7 +6,7 @@ from kernels.attention import attention
 from kernels.decode import attention_decode, latent_decode
 from kernels.mga import closed_form_fitness, gene_fitness, genetic_attention
 from kernels.mla import latent_attention
-from kernels.reference import rotate
+from kernels.reference import ring_positions, rotate
 
 __all__ = [
     "attention",
@@ -16,5 +16,6 @@ __all__ = [
     "genetic_attention",
     "latent_attention",
     "latent_decode",
+    "ring_positions",
     "rotate",
 ]

@@ -13,6 +13,8 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    q_rope: Tensor | None,
+    k_rope: Tensor | None,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
     causal: bool,
@@ -21,7 +23,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from kernels.core.forward import launch_forward
 
-    return launch_forward(q, k, v, sinks, cu_seqlens, causal, window_size, scale)
+    return launch_forward(q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale)
 
 
 @_forward.register_fake
@@ -36,6 +38,8 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    q_rope: Tensor | None,
+    k_rope: Tensor | None,
     o: Tensor,
     lse: Tensor,
     do: Tensor,
@@ -44,22 +48,33 @@ def _backward(
     causal: bool,
     window_size: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from kernels.core.backward import launch_backward
 
-    return launch_backward(q, k, v, o, lse, do, dlse, cu_seqlens, causal, window_size, scale)
+    return launch_backward(
+        q, k, v, q_rope, k_rope, o, lse, do, dlse, cu_seqlens, causal, window_size, scale
+    )
 
 
 @_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, torch.empty_like(lse)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_rope: Tensor | None,
+    k_rope: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dq_rope, dk_rope = (
+        q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
+    )
+    return dq, dk, dv, dq_rope, dk_rope, torch.empty_like(lse)
 
 
 class _AttentionFunction(torch.autograd.Function):
-    """o and lse [B, HQ, Tq]; keeps q, k, v, o and lse for the backward."""
+    """o and lse [B, HQ, Tq]; keeps the inputs, o and lse for the backward."""
 
     @staticmethod
     def forward(
@@ -67,26 +82,52 @@ class _AttentionFunction(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        q_rope: Tensor | None,
+        k_rope: Tensor | None,
         sinks: Tensor | None,
         cu_seqlens: Tensor | None,
         causal: bool,
         window_size: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        o, lse = _forward(q, k, v, sinks, cu_seqlens, causal, window_size, scale)
-        ctx.save_for_backward(q, k, v, o, lse, sinks, cu_seqlens)
+        o, lse = _forward(q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale)
+        ctx.save_for_backward(q, k, v, q_rope, k_rope, o, lse, sinks, cu_seqlens)
         ctx.arguments = causal, window_size, scale
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse, sinks, cu_seqlens = ctx.saved_tensors
-        dq, dk, dv, delta = _backward(q, k, v, o, lse, do, dlse, cu_seqlens, *ctx.arguments)
+        *inputs, o, lse, sinks, cu_seqlens = ctx.saved_tensors
+        *gradients, delta = _backward(*inputs, o, lse, do, dlse, cu_seqlens, *ctx.arguments)
+        present = (d if x is not None else None for x, d in zip(inputs, gradients, strict=True))
         dsinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:  # -P_sink delta, summed over queries
+        if sinks is not None and ctx.needs_input_grad[5]:  # -P_sink delta, summed over queries
             weights = torch.exp(sinks.float()[:, None] - lse)  # [B, HQ, Tq]
             dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-        return dq, dk, dv, dsinks, None, None, None, None
+        return *present, dsinks, None, None, None, None
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    window_size: int | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The attention core with its gradients: o [B, Tq, HQ, D_V] and lse [B, HQ, Tq].
+
+    Arguments as in `attention` and, for the rotary parts, in `latent_attention`.
+    """
+    o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
+        q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale
+    )
+    return o, lse
 
 
 @overload
@@ -180,10 +221,16 @@ def attention(
         cu_seqlens=cu_seqlens,
         sinks=sinks,
     )
-    if checks.implementation(impl, q=q, k=k, v=v) == "triton":
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
-            q, k, v, sinks, cu_seqlens, causal, window_size, scale
+    if checks.implementation(impl, {"q": q, "k": k, "v": v}) == "triton":
+        o, lse = fused_attention(
+            q,
+            k,
+            v,
+            sinks=sinks,
+            cu_seqlens=cu_seqlens,
+            causal=causal,
+            window_size=window_size,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
         )
         return (o, lse.transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(

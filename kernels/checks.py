@@ -6,6 +6,7 @@ first tensor that carries it, and every later tensor must agree.
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +18,6 @@ Sizes = dict[str, int]
 
 _KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = (*_KERNEL_FLOATS, torch.float64)
-_MAX_WIDTH = 256
 _MAX_TOKENS = 2**30  # positions and windows add up inside int32
 
 
@@ -149,7 +149,7 @@ def attention_decode(
 ) -> None:
     """Check the arguments of `kernels.attention_decode`."""
     sizes: Sizes = {}
-    _shape("q", q, "B HQ D_QK", sizes)
+    _shape("q", q, "B HQ D_QK" if q.dim() == 3 else "B Tq HQ D_QK", sizes)
     _shape("k_cache", k_cache, "B S HK D_QK", sizes)
     _shape("v_cache", v_cache, "B S HV D_V", sizes)
     _head_groups(sizes)
@@ -175,11 +175,12 @@ def latent_decode(
 ) -> None:
     """Check the arguments of `kernels.latent_decode`."""
     sizes: Sizes = {}
-    _shape("q_latent", q_latent, "B H D_LATENT", sizes)
+    tokens = "" if q_latent.dim() == 3 else "Tq "
+    _shape("q_latent", q_latent, f"B {tokens}H D_LATENT", sizes)
     _shape("latent_cache", latent_cache, "B S D_LATENT", sizes)
     _rope_pair("q_rope", q_rope, "rope_cache", rope_cache)
     if q_rope is not None and rope_cache is not None:
-        _shape("q_rope", q_rope, "B H D_ROPE", sizes)
+        _shape("q_rope", q_rope, f"B {tokens}H D_ROPE", sizes)
         _shape("rope_cache", rope_cache, "B S D_ROPE", sizes)
     _alike(q_latent=q_latent, q_rope=q_rope, latent_cache=latent_cache, rope_cache=rope_cache)
     _cache_lengths(cache_lengths, sizes, q_latent.device)
@@ -187,11 +188,14 @@ def latent_decode(
     _scale(scale)
 
 
-def implementation(impl: str, **inputs: Tensor) -> Literal["eager", "triton"]:
-    """Resolve `impl` for an op's main inputs; what the kernels cannot serve is refused."""
+def implementation(
+    impl: str, inputs: Mapping[str, Tensor | None], widest: int = 256
+) -> Literal["eager", "triton"]:
+    """Resolve `impl` for an op's inputs by name; what the kernels cannot serve is refused."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
-    device = next(iter(inputs.values())).device.type
+    given = {name: x for name, x in inputs.items() if x is not None}
+    device = next(iter(given.values())).device.type
     if impl == "eager" or (impl == "auto" and device != "cuda"):
         return "eager"
     if device != "cuda" and not (device == "cpu" and _interpreting()):
@@ -199,12 +203,12 @@ def implementation(impl: str, **inputs: Tensor) -> Literal["eager", "triton"]:
             "impl: expected CUDA tensors for 'triton' (or CPU tensors with TRITON_INTERPRET=1 set "
             f"before the start), got tensors on {device}"
         )
-    for name, x in inputs.items():
+    for name, x in given.items():
         if x.dtype not in _KERNEL_FLOATS:
             raise TypeError(f"{name}: expected one of {_KERNEL_FLOATS} for Triton, got {x.dtype}")
-        if not 1 <= x.shape[-1] <= _MAX_WIDTH:
+        if not 1 <= x.shape[-1] <= widest:
             raise ValueError(
-                f"{name}: expected a width of 1 to {_MAX_WIDTH} for Triton, got {x.shape[-1]}"
+                f"{name}: expected a width of 1 to {widest} for Triton, got {x.shape[-1]}"
             )
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(
@@ -335,9 +339,10 @@ def _cache_lengths(cache_lengths: Tensor, sizes: Sizes, device: torch.device) ->
     _offsets_form("cache_lengths", cache_lengths, device)
     if _readable(cache_lengths) and cache_lengths.numel():
         low, high = int(cache_lengths.min()), int(cache_lengths.max())
-        if low < 0 or high > sizes["S"]:
+        if low < 0 or (high > 0 and sizes["S"] == 0):
             raise ValueError(
-                f"cache_lengths: expected values from 0 to S={sizes['S']}, got {low} to {high}"
+                f"cache_lengths: expected values >= 0, and 0 without rows, got {low} to {high} "
+                f"with S={sizes['S']}"
             )
 
 

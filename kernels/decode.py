@@ -1,8 +1,37 @@
-"""attention_decode() and latent_decode(): one new token per sequence against its cache."""
+"""attention_decode() and latent_decode(): new tokens of each sequence against its cache."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from kernels import checks, reference
+
+
+@torch.library.custom_op("smollm_attention::decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    q_rope: Tensor | None,
+    rope_cache: Tensor | None,
+    cache_lengths: Tensor,
+    sinks: Tensor | None,
+    window_size: int | None,
+    scale: float,
+) -> Tensor:
+    """q [B, Tq, HQ, D_QK]; without a v_cache the values are the keys."""
+    from kernels.core.decode import launch_decode
+
+    return launch_decode(
+        q, k_cache, v_cache, q_rope, rope_cache, cache_lengths, sinks, window_size, scale
+    )
+
+
+@_decode.register_fake
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
+    values = k_cache if v_cache is None else v_cache
+    return q.new_empty(*q.shape[:3], values.shape[-1])
 
 
 def attention_decode(
@@ -16,32 +45,46 @@ def attention_decode(
     sinks: Tensor | None = None,
     impl: checks.Impl = "auto",
 ) -> Tensor:
-    """Attention of the newest token: o = sum_s softmax_s(scale <q, k_s>) v_s.
+    """Attention of the newest tokens to a cache: o = sum_s softmax_s(scale <q, k_s>) v_s.
 
-    The token stands at position cache_lengths - 1 and sees keys s with
-    max(0, cache_lengths - window_size) <= s < cache_lengths.
+    The cache is a ring: the token at position p stands at row p % S, so of a sequence longer
+    than S its last S tokens are there. The token at position p sees positions s with
+    max(0, p - window_size + 1) <= s <= p, of those in the cache.
 
     Args:
-        q: [B, HQ, D_QK], one query per sequence.
+        q: [B, HQ, D_QK], the newest token of each sequence, or [B, Tq, HQ, D_QK], its newest Tq,
+            whose keys are in the cache already.
         k_cache: [B, S, HK, D_QK], HQ a multiple of HK.
         v_cache: [B, S, HV, D_V], HK a multiple of HV.
-        cache_lengths: int32 [B], rows in use, the new token's included. 0 gives o = 0.
-        window_size: keys that the query sees, its own included; None (default) is unlimited.
-        scale: factor on the scores. Default D_QK ** -0.5.
+        cache_lengths: int32 [B], tokens of each sequence so far, those of q included. A token
+            before position 0 sees nothing: o = 0.
+        window_size: keys that a query sees, its own included; None (default) is unlimited.
+        scale: factor > 0 on the scores. Default D_QK ** -0.5.
         sinks: [HQ], a logit per head that joins the softmax and carries no value.
-        impl: "auto" (default), "eager" or "triton".
+        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
+            widths and strides that Triton takes are those of `attention`; it has no backward,
+            is deterministic, and never reads the lengths on the CPU.
 
     Returns:
-        [B, HQ, D_V] in q's type.
+        [B, HQ, D_V] or [B, Tq, HQ, D_V] in q's type.
 
     Raises:
-        ValueError, TypeError: an argument breaks its contract. NotImplementedError:
-            impl="triton".
+        ValueError, TypeError: an argument breaks its contract.
+
+    Source: keys split over programs as in Flash-Decoding (Dao et al., 2023).
     """
     checks.attention_decode(
         q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
     )
-    checks.eager_only(impl)
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    if checks.implementation(impl, inputs) == "triton":
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        one = q.dim() == 3
+        q = q[:, None] if one else q
+        o: Tensor = _decode(
+            q, k_cache, v_cache, None, None, cache_lengths, sinks, window_size, scale
+        )
+        return o[:, 0] if one else o
     return reference.attention_decode(
         q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
     )
@@ -58,29 +101,29 @@ def latent_decode(
     scale: float,
     impl: checks.Impl = "auto",
 ) -> Tensor:
-    """MLA's newest token, absorbed: scores and values straight from the latent cache.
+    """MLA's newest tokens, absorbed: scores and values straight from the latent cache.
 
         o_h = sum_s softmax_s(scale (<q_latent_h, c_s> + <q_rope_h, r_s>)) c_s
 
     With q_latent = q_nope W_k the score equals <q_nope, W_k c_s>, and o W_v^T is the head's
-    output, so keys and values are never expanded.
+    output, so keys and values are never expanded. Positions, rows and lengths are those of
+    `attention_decode`.
 
     Args:
-        q_latent: [B, H, D_LATENT], queries absorbed into the latent space.
-        q_rope: [B, H, D_ROPE], rotated queries, or None together with rope_cache.
+        q_latent: [B, H, D_LATENT] or [B, Tq, H, D_LATENT], queries absorbed into the latent space.
+        q_rope: [B, H, D_ROPE] or [B, Tq, H, D_ROPE], rotated queries, or None with rope_cache.
         latent_cache: c [B, S, D_LATENT].
         rope_cache: r [B, S, D_ROPE], the rotated key shared by all heads, or None.
-        cache_lengths: int32 [B], rows in use, the new token's included. 0 gives o = 0.
-        window_size: rows that the query sees, its own included; None (default) is unlimited.
-        scale: factor on the scores; required, since the widths here do not determine it.
-        impl: "auto" (default), "eager" or "triton".
+        cache_lengths: int32 [B], tokens of each sequence so far, those of q included.
+        window_size: rows that a query sees, its own included; None (default) is unlimited.
+        scale: factor > 0 on the scores; required, since the widths here do not determine it.
+        impl: as in `attention_decode`. Triton takes latents of up to 512.
 
     Returns:
-        [B, H, D_LATENT] in q_latent's type.
+        [B, H, D_LATENT] or [B, Tq, H, D_LATENT] in q_latent's type.
 
     Raises:
-        ValueError, TypeError: an argument breaks its contract. NotImplementedError:
-            impl="triton".
+        ValueError, TypeError: an argument breaks its contract.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
     """
@@ -93,7 +136,28 @@ def latent_decode(
         window_size=window_size,
         scale=scale,
     )
-    checks.eager_only(impl)
+    inputs = {
+        "q_latent": q_latent,
+        "q_rope": q_rope,
+        "latent_cache": latent_cache,
+        "rope_cache": rope_cache,
+    }
+    if checks.implementation(impl, inputs, widest=512) == "triton":
+        one = q_latent.dim() == 3
+        if one:
+            q_latent, q_rope = q_latent[:, None], None if q_rope is None else q_rope[:, None]
+        o: Tensor = _decode(
+            q_latent,
+            latent_cache[:, :, None],
+            None,
+            q_rope,
+            rope_cache,
+            cache_lengths,
+            None,
+            window_size,
+            scale,
+        )
+        return o[:, 0] if one else o
     return reference.latent_decode(
         q_latent,
         q_rope,

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernels import checks, reference
+from kernels.attention import fused_attention
 
 
 def latent_attention(
@@ -24,20 +25,20 @@ def latent_attention(
         q_nope: [B, T, H, D_NOPE], the unrotated part of the queries.
         q_rope: [B, T, H, D_ROPE], the rotated part, or None together with k_rope.
         k_nope: [B, T, H, D_NOPE], keys expanded from the latent.
-        k_rope: [B, T, D_ROPE], one rotated key shared by all heads, or None.
+        k_rope: [B, T, D_ROPE], one rotated key shared by all heads, never copied per head, or None.
         v: [B, T, H, D_V], values expanded from the latent.
         causal: False lets every query see every key of its sequence. Default True.
         window_size: keys that a query sees, its own included; None (default) is unlimited.
-        scale: factor on the scores. Default (D_NOPE + D_ROPE) ** -0.5.
+        scale: factor > 0 on the scores. Default (D_NOPE + D_ROPE) ** -0.5.
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default None.
-        impl: "auto" (default), "eager" or "triton".
+        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
+            widths and strides that Triton takes are those of `attention`.
 
     Returns:
         [B, T, H, D_V] in the inputs' type.
 
     Raises:
-        ValueError, TypeError: an argument breaks its contract. NotImplementedError:
-            impl="triton".
+        ValueError, TypeError: an argument breaks its contract.
 
     Source: DeepSeek-V2, arXiv 2405.04434.
     """
@@ -52,7 +53,23 @@ def latent_attention(
         scale=scale,
         cu_seqlens=cu_seqlens,
     )
-    checks.eager_only(impl)
+    inputs = {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v}
+    if checks.implementation(impl, inputs) == "triton":
+        if scale is None:
+            rope_width = 0 if q_rope is None else q_rope.shape[-1]
+            scale = (q_nope.shape[-1] + rope_width) ** -0.5
+        o, _ = fused_attention(
+            q_nope,
+            k_nope,
+            v,
+            q_rope=q_rope,
+            k_rope=k_rope,
+            cu_seqlens=cu_seqlens,
+            causal=causal,
+            window_size=window_size,
+            scale=scale,
+        )
+        return o
     return reference.latent_attention(
         q_nope,
         q_rope,

@@ -104,12 +104,37 @@ def attention_decode(
     scale: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The newest token against its cache: oracle of `kernels.attention_decode`."""
-    k_pos = torch.arange(k_cache.shape[1], device=q.device)
-    q_pos = cache_lengths[:, None] - 1  # [B, 1]
-    seen = visible(q_pos, k_pos, window_size=window_size)[:, None]  # [B, 1, 1, S]
-    o, _ = _attend(q[:, None], k_cache, v_cache, seen, scale, sinks)
-    return o[:, 0]
+    """The newest tokens against their cache: oracle of `kernels.attention_decode`."""
+    if q.dim() == 3:
+        one = attention_decode(
+            q[:, None],
+            k_cache,
+            v_cache,
+            cache_lengths,
+            window_size=window_size,
+            scale=scale,
+            sinks=sinks,
+        )
+        return one[:, 0]
+    q_pos = cache_lengths[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)
+    k_pos = ring_positions(cache_lengths, k_cache.shape[1])
+    seen = visible(q_pos, k_pos, window_size=window_size) & (k_pos >= 0)[:, None]  # [B, Tq, S]
+    o, _ = _attend(q, k_cache, v_cache, seen[:, None], scale, sinks)
+    return o
+
+
+def ring_positions(lengths: Tensor, rows: int) -> Tensor:
+    """Position of the token in each row of a ring where token p stands at row p % rows.
+
+    Args:
+        lengths: [B], tokens of each sequence so far.
+        rows: of the ring.
+
+    Returns:
+        int64 [B, rows]; negative where there is no token yet.
+    """
+    newest = lengths[:, None].long() - 1
+    return newest - (newest - torch.arange(rows, device=lengths.device)) % max(rows, 1)
 
 
 def latent_attention(

@@ -10,10 +10,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRIMITIVES, FORWARD, BACKWARD, PROBLEM, OP = (
+PRIMITIVES, FORWARD, BACKWARD, DECODE, PROBLEM, OP = (
     f"kernels/{name}.py"
-    for name in ("core/primitives", "core/forward", "core/backward", "core/problem", "attention")
-)
+    for name in (
+        "core/primitives", "core/forward", "core/backward", "core/decode", "core/problem",
+        "attention",
+    )
+)  # fmt: skip
 MUTANTS = {
     "window off by one": (PROBLEM, "UNLIMITED) - 1", "UNLIMITED)"),
     "wrong kv head": (FORWARD, "head * k_heads // q_heads", "head % k_heads"),
@@ -21,21 +24,36 @@ MUTANTS = {
     "scale 1 % off": (PROBLEM, "scale * math.log2", "1.01 * scale * math.log2"),
     "one dropped key": (PRIMITIVES, "partner[None, :] >= first", "partner[None, :] > first"),
     "one key too many": (PRIMITIVES, "partner[None, :] < end", "partner[None, :] <= end"),
-    "o not rescaled": (FORWARD, "o * rescale[:, None]", "o"),
+    "o not rescaled": (FORWARD, "scale_rows(o, rescale[:, None])", "o"),
     "row sum not rescaled": (PRIMITIVES, "row_sum * rescale +", "row_sum +"),
-    "interior a tile too long": (PRIMITIVES, "tl.maximum(inner_end - inner, 0)",
-                                 "tl.maximum(inner_end - inner + PARTNER_BLOCK - 1, 0)"),
-    "interior a tile too early": (PRIMITIVES, "begin + tl.cdiv(inner_begin - begin, PARTNER_BLOCK)",
-                                  "begin + (inner_begin - begin) // PARTNER_BLOCK"),
+    "interior a tile too long": (PRIMITIVES, "end) - inner, 0)", "end) - inner + BLOCK - 1, 0)"),
+    "interior a tile too early": (PRIMITIVES, "begin + tl.cdiv(inner_begin - begin, BLOCK)",
+                                  "begin + (inner_begin - begin) // BLOCK"),
     "sequences aligned at the start": (PROBLEM, "k_tokens - q_tokens,", "0,"),
     "packed tokens in the next sequence": (PROBLEM, "right=True", "right=False"),
     "dlse of the wrong sign": (BACKWARD, "1) - dlse", "1) + dlse"),
     "delta left out": (PRIMITIVES, "weights * (dweights - delta)", "weights * dweights"),
-    "dq not scaled": (BACKWARD, "    dq *= scale_log2 / LOG2_E\n", ""),
+    "dq not scaled": (BACKWARD, "    dq = scale_rows(dq, scale_log2 / LOG2_E)\n", ""),
     "a query head left out of dk": (BACKWARD, "+ 1) * q_per_k)", "+ 1) * q_per_k - 1)"),
     "a key head left out of dv": (BACKWARD, "+ 1) * k_per_v)", "+ 1) * k_per_v - 1)"),
     "sinks left out of the sum": (FORWARD, "row_sum += 1.0", "row_sum += 0.0"),
     "dsinks of the wrong sign": (OP, "dsinks = -(", "dsinks = ("),
+    "rope left out of the scores": (PRIMITIVES, "range(len(a))", "range(1)"),
+    "a head left out of dk_rope": (BACKWARD, "shares.sum(2)", "shares[:, :, 1:].sum(2)"),
+    "rope at another head": (FORWARD, "k_rope_ptr, k_rope_strides, batch, 0,",
+                             "k_rope_ptr, k_rope_strides, batch * 0, 0,"),
+    "columns past the first tile unmasked": (PRIMITIVES, "BLOCK, D - MAIN, REST, MASKED),",
+                                             "BLOCK, REST, REST, MASKED),"),
+    "decode: newest key unseen": (DECODE, "// group + 1  # positions", "// group  # positions"),
+    "decode: window off by one": (DECODE, "first = tl.maximum(end - window,",
+                                  "first = tl.maximum(end - window - 1,"),
+    "decode: ring not turned": (DECODE, "(begin // capacity + turn)", "turn"),
+    "decode: a split too short": (DECODE, "split_begin + tiles_of_split",
+                                  "split_begin - 1 + tiles_of_split"),
+    "decode: sinks in every split": (DECODE, "tl.where(split == 0, 1.0, 0.0)", "1.0"),
+    "decode: splits not weighed": (DECODE, "partial * tl.exp2(part_log2 - lse_log2)[:, None]",
+                                   "partial / splits"),
+    "decode: wrong value head": (DECODE, "k_head * v_heads // k_heads", "k_head % v_heads"),
 }  # fmt: skip
 
 
@@ -46,11 +64,10 @@ def survives(folder: Path, file: str, old: str, new: str) -> bool:
     if source.count(old) != 1:
         raise ValueError(f"{file}: expected {old!r} once, got it {source.count(old)} times")
     path.write_text(source.replace(old, new))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "test_parity"]
+    tests = [f"tests/test_{name}.py" for name in ("decode", "latent", "attention")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "test_parity", *tests]
     try:
-        done = subprocess.run(
-            [*command, "tests/test_attention.py"], cwd=folder, capture_output=True
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True)
     finally:
         path.write_text(source)
     if done.returncode not in (0, 1):

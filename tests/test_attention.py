@@ -177,16 +177,18 @@ def test_empty_tensors(shape):
         assert dx.shape == x.shape and dx.eq(0).all()
 
 
-def test_opcheck():
-    q, k, v = random(1, 20, 6, 16), random(1, 20, 2, 16), random(1, 20, 2, 24)
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+def test_opcheck(rotary):
+    inputs = [random(1, 20, 6, 16), random(1, 20, 2, 16), random(1, 20, 2, 24)]
+    inputs += [random(1, 20, 6, 8), random(1, 20, 8)] if rotary else [None, None]
     sinks, cu_seqlens = random(6), torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
     arguments = (True, 5, 0.25)
     ops = torch.ops.smollm_attention
-    torch.library.opcheck(ops.forward.default, (q, k, v, sinks, cu_seqlens, *arguments))
-    o, lse = ops.forward(q, k, v, sinks, cu_seqlens, *arguments)
+    torch.library.opcheck(ops.forward.default, (*inputs, sinks, cu_seqlens, *arguments))
+    o, lse = ops.forward(*inputs, sinks, cu_seqlens, *arguments)
     gradients = torch.randn_like(o), torch.randn_like(lse)
     torch.library.opcheck(
-        ops.backward.default, (q, k, v, o, lse, *gradients, cu_seqlens, *arguments)
+        ops.backward.default, (*inputs, o, lse, *gradients, cu_seqlens, *arguments)
     )
 
 

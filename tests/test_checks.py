@@ -22,6 +22,14 @@ Q, K = z(2, 5, 9, 64), z(2, 5, 3, 64)
 ONE = z(1, 5, 3, 64)
 G, PRESSURE = z(1, 5, 4, 6), z(4)
 ROPE = (z(5, 3), z(5, 3))
+LATENT = z(2, 5, 8)
+
+
+def latent_decode(q_latent, q_rope, latent_cache=LATENT, **options):
+    return kernels.latent_decode(
+        q_latent, q_rope, latent_cache, z(2, 5, 4), ints(1, 1), scale=1.0, **options
+    )
+
 
 REFUSALS = [
     (lambda: kernels.attention(Q, z(2, 5, 3, 63), K), ValueError,
@@ -110,14 +118,44 @@ REFUSALS = [
      "rope: expected an even width D to rotate, got D=5"),
     (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(3)), ValueError,
      "cache_lengths: expected [B=2], got [1]"),
-    (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(3, 6)), ValueError,
-     "cache_lengths: expected values from 0 to S=5, got 3 to 6"),
+    (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(-1, 6)), ValueError,
+     "cache_lengths: expected values >= 0, and 0 without rows, got -1 to 6 with S=5"),
+    (lambda: kernels.attention_decode(z(2, 9, 64), K[:, :0], K[:, :0], ints(0, 1)), ValueError,
+     "cache_lengths: expected values >= 0, and 0 without rows, got 0 to 1 with S=0"),
+    (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(3, 4, dtype=torch.int64)), TypeError,
+     "cache_lengths: expected torch.int32, got torch.int64"),
+    (lambda: kernels.attention_decode(z(9, 64), K, K, ints(3, 4)), ValueError,
+     "q: expected [B, Tq, HQ, D_QK], got [9, 64]"),
+    (lambda: kernels.attention_decode(z(2, 4, 9, 63), K, K, ints(3, 4)), ValueError,
+     "k_cache: expected [B=2, S, HK, D_QK=63], got [2, 5, 3, 64]"),
+    (lambda: kernels.attention_decode(z(2, 4, 9, 64), K, K[:, :4], ints(3, 4)), ValueError,
+     "v_cache: expected [B=2, S=5, HV, D_V], got [2, 4, 3, 64]"),
+    (lambda: kernels.attention_decode(z(2, 3, 8, 64), K, K, ints(3, 4)), ValueError,
+     "heads: expected HQ a multiple of HK, got HQ=8, HK=3"),
+    (lambda: kernels.attention_decode(z(2, 4, 9, 64), K, K, ints(3, 4), sinks=z(4)), ValueError,
+     "sinks: expected [HQ=9], got [4]"),
+    (lambda: kernels.attention_decode(z(2, 9, 64), K, K.half(), ints(3, 4)), TypeError,
+     "v_cache: expected q's type torch.float32, got torch.float16"),
+    (lambda: kernels.attention_decode(z(2, 9, 64), K, z(2, 5, 64, 3).mT, ints(3, 4), impl="triton"),
+     ValueError, "v_cache: expected a last stride of 1 for Triton, got strides (960, 192, 1, 3)"),
     (lambda: kernels.latent_decode(
         z(2, 9, 8), z(2, 9, 4), z(2, 5, 8), z(2, 5, 3), ints(1, 1), scale=1.0), ValueError,
      "rope_cache: expected [B=2, S=5, D_ROPE=4], got [2, 5, 3]"),
     (lambda: kernels.latent_decode(
         z(2, 9, 8), None, z(2, 5, 8), z(2, 5, 3), ints(1, 1), scale=1.0), ValueError,
      "q_rope: expected a tensor beside rope_cache, got None"),
+    (lambda: latent_decode(z(2, 4, 9, 8), z(2, 3, 9, 4)), ValueError,
+     "q_rope: expected [B=2, Tq=4, H=9, D_ROPE], got [2, 3, 9, 4]"),
+    (lambda: latent_decode(z(2, 4, 9, 8), z(2, 9, 4)), ValueError,
+     "q_rope: expected [B=2, Tq=4, H=9, D_ROPE], got [2, 9, 4]"),
+    (lambda: latent_decode(z(2, 9, 8), z(2, 1, 9, 4)), ValueError,
+     "q_rope: expected [B=2, H=9, D_ROPE], got [2, 1, 9, 4]"),
+    (lambda: latent_decode(z(9, 8), z(9, 4)), ValueError,
+     "q_latent: expected [B, Tq, H, D_LATENT], got [9, 8]"),
+    (lambda: latent_decode(z(2, 9, 8), z(2, 9, 4), z(2, 5, 9, 8)), ValueError,
+     "latent_cache: expected [B=2, S, D_LATENT=8], got [2, 5, 9, 8]"),
+    (lambda: latent_decode(z(2, 9, 513), z(2, 9, 4), z(2, 5, 513), impl="triton"), ValueError,
+     "q_latent: expected a width of 1 to 512 for Triton, got 513"),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ATTENTION_CASES, AttentionCase
+from cases import ATTENTION_CASES, DECODE_CASES, AttentionCase, DecodeCase
 from torch.autograd import gradcheck
 
 import kernels
@@ -189,6 +189,60 @@ def test_decode_is_the_last_row(window_size):
             sinks=sinks,
         )
         torch.testing.assert_close(o[b], full[0, 0])
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
+def test_decode_equals_a_loop_over_queries(case):
+    inputs = case.inputs(torch.float64)
+    if case.latent:
+        o = kernels.latent_decode(**inputs, **case.arguments)
+        q, k, v, sinks = inputs["q_latent"], inputs["latent_cache"], inputs["latent_cache"], None
+        if case.rope:
+            q, k = torch.cat((q, inputs["q_rope"]), -1), torch.cat((k, inputs["rope_cache"]), -1)
+        k, v = k[:, :, None], v[:, :, None]
+    else:
+        o = kernels.attention_decode(**inputs, **case.arguments)
+        q, k, v, sinks = inputs["q"], inputs["k_cache"], inputs["v_cache"], inputs["sinks"]
+    if case.q_tokens is None:
+        q, o = q[:, None], o[:, None]
+    scale = case.arguments["scale"] or case.width**-0.5
+    heads = range(0, case.q_heads, max(1, case.q_heads // 3))
+    for b in range(len(case.lengths)):
+        for i in range(0, q.shape[1], 3):
+            rows = sorted(case.seen_rows(b, i))
+            for h in heads:
+                k_head, v_head = h * k.shape[2] // case.q_heads, h * v.shape[2] // case.q_heads
+                scores = scale * k[b, rows, k_head] @ q[b, i, h]
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[h : h + 1].double()))
+                weights = scores.softmax(0)[: len(rows)]
+                torch.testing.assert_close(o[b, i, h], weights @ v[b, rows, v_head])
+
+
+@pytest.mark.parametrize("q_tokens", [None, 4])
+def test_a_ring_equals_the_whole_cache(q_tokens):
+    """While it holds all that the queries see: window_size + Tq - 1 rows."""
+    whole = DecodeCase("", (40, 12, 5), 40, q_tokens, q_heads=6, k_heads=2, width=8, window_size=9)
+    inputs = whole.inputs(torch.float64)
+    rings = {name: torch.zeros_like(inputs[name][:, :12]) for name in ("k_cache", "v_cache")}
+    for name, ring in rings.items():
+        for sequence, length in enumerate(whole.lengths):
+            for position in range(length):
+                ring[sequence, position % 12] = inputs[name][sequence, position]
+    expected = kernels.attention_decode(**inputs, window_size=9)
+    torch.testing.assert_close(kernels.attention_decode(**inputs | rings, window_size=9), expected)
+
+
+@pytest.mark.parametrize("window_size", [None, 3])
+def test_tokens_at_once_equal_one_at_a_time(window_size):
+    q, k, v = random(3, 4, 6, 8), random(3, 10, 2, 8), random(3, 10, 2, 8)
+    lengths = torch.tensor([10, 7, 2], dtype=torch.int32)
+    at_once = kernels.attention_decode(q, k, v, lengths, window_size=window_size)
+    for i in range(4):
+        until = (lengths - (3 - i)).clamp(min=0)
+        alone = kernels.attention_decode(q[:, i], k, v, until, window_size=window_size)
+        torch.testing.assert_close(at_once[:, i], alone)
+    assert at_once[2, :2].eq(0).all()
 
 
 def test_absorbed_decode_equals_expanded_attention():

@@ -34,9 +34,10 @@ def locate_program(batches, heads):
 
 
 @triton.jit
-def at_head(ptr, strides, batch, head):
-    """Address of token 0 of one head in a [B, T, H, D] tensor."""
-    return ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
+def head_matrix(ptr, strides, batch, head, tokens):
+    """One head of a [B, T, H, D] tensor: (address, stride of its rows, number of rows)."""
+    address = ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
+    return address, strides[1], tokens
 
 
 @triton.jit
@@ -45,41 +46,154 @@ def at_row_vector(ptr, batch, head, heads, tokens):
     return ptr + (tl.cast(batch, tl.int64) * heads + head) * tokens
 
 
-@triton.jit
-def tile_pointers(ptr, start, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Addresses of rows start, start + 1, ... of a matrix.  # [BLOCK, BLOCK_D]"""
-    ptr += tl.cast(start, tl.int64) * stride
-    return ptr + tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+@triton.constexpr_function
+def padded_width(d):
+    """Columns that rows of d elements take in tiles of power-of-two widths, 16 at the least."""
+    main = max(16, 1 << d.bit_length() - 1)
+    return main + (max(16, 1 << (d - main - 1).bit_length()) if d > main else 0)
+
+
+@triton.constexpr_function
+def main_width(d):
+    """Width of the first tile of such rows, most of them; a second one holds the rest."""
+    return 1 << padded_width(d).bit_length() - 1
 
 
 @triton.jit
-def tile_mask(start, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which elements of a tile lie inside its matrix of `rows` rows and D columns."""
-    return (start + tl.arange(0, BLOCK) < rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+def tile_pointers(matrix, column, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Addresses of rows start, start + 1, ... and columns column, ...  # [BLOCK, WIDTH]"""
+    ptr, stride, _ = matrix
+    ptr += tl.cast(start, tl.int64) * stride + column
+    return ptr + tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def tile_mask(matrix, start, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Which elements of a tile lie inside its matrix, COLUMNS of the tile's own."""
+    rows = matrix[2]
+    return (start + tl.arange(0, BLOCK) < rows)[:, None] & (tl.arange(0, WIDTH) < COLUMNS)[None, :]
 
 
 @triton.jit
 def load_tile(
-    ptr, start, rows, stride,
-    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    matrix, column, start,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows start, start + 1, ... of a matrix, zero where it ends; unmasked tiles lie inside it."""
-    pointers = tile_pointers(ptr, start, stride, BLOCK, BLOCK_D)
+    """A tile of a matrix, zero where it ends; unmasked tiles end with its columns at the most."""
+    pointers = tile_pointers(matrix, column, start, BLOCK, WIDTH)
     if MASKED:
-        return tl.load(pointers, mask=tile_mask(start, rows, BLOCK, D, BLOCK_D), other=0.0)
-    if D == BLOCK_D:
+        return tl.load(pointers, mask=tile_mask(matrix, start, BLOCK, COLUMNS, WIDTH), other=0.0)
+    if COLUMNS >= WIDTH:
         return tl.load(pointers)
-    return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    return tl.load(pointers, mask=(tl.arange(0, WIDTH) < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(
-    ptr, tile, start, rows, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    matrix, tile, column, start,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Write a tile's part that lies inside its matrix, in the matrix's type."""
-    pointers = tile_pointers(ptr, start, stride, BLOCK, BLOCK_D)
-    mask = tile_mask(start, rows, BLOCK, D, BLOCK_D)
-    tl.store(pointers, cast(tile, ptr.dtype.element_ty), mask=mask)
+    pointers = tile_pointers(matrix, column, start, BLOCK, WIDTH)
+    mask = tile_mask(matrix, start, BLOCK, COLUMNS, WIDTH)
+    tl.store(pointers, cast(tile, matrix[0].dtype.element_ty), mask=mask)
+
+
+# Rows of any width are a tuple of such tiles side by side; so are rows of two matrices together.
+
+
+@triton.jit
+def load_rows(matrix, start, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows start, start + 1, ... of a matrix of D columns, zero where it ends."""
+    MAIN: tl.constexpr = main_width(D)
+    REST: tl.constexpr = padded_width(D) - MAIN
+    tiles = (load_tile(matrix, 0, start, BLOCK, D, MAIN, MASKED),)
+    if REST:
+        tiles = tiles + (load_tile(matrix, MAIN, start, BLOCK, D - MAIN, REST, MASKED),)
+    return tiles
+
+
+@triton.jit
+def load_joint_rows(
+    matrix, rope, start,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_ROPE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows of a matrix and, beside them, those of its rotary part, if it has one."""
+    tiles = load_rows(matrix, start, BLOCK, D, MASKED)
+    if D_ROPE:
+        tiles = tiles + load_rows(rope, start, BLOCK, D_ROPE, MASKED)
+    return tiles
+
+
+@triton.jit
+def zero_rows(BLOCK: tl.constexpr, D: tl.constexpr):
+    """An accumulator of BLOCK rows of D columns."""
+    MAIN: tl.constexpr = main_width(D)
+    REST: tl.constexpr = padded_width(D) - MAIN
+    tiles = (tl.zeros([BLOCK, MAIN], tl.float32),)
+    if REST:
+        tiles = tiles + (tl.zeros([BLOCK, REST], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def zero_joint_rows(BLOCK: tl.constexpr, D: tl.constexpr, D_ROPE: tl.constexpr):
+    """An accumulator of as many tiles as `load_joint_rows` loads."""
+    tiles = zero_rows(BLOCK, D)
+    if D_ROPE:
+        tiles = tiles + zero_rows(BLOCK, D_ROPE)
+    return tiles
+
+
+@triton.jit
+def store_rows(matrix, tiles, start, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Write the first tiles of a tuple, as many as D columns take, inside their matrix."""
+    MAIN: tl.constexpr = main_width(D)
+    REST: tl.constexpr = padded_width(D) - MAIN
+    store_tile(matrix, tiles[0], 0, start, BLOCK, D, MAIN)
+    if REST:
+        store_tile(matrix, tiles[1], MAIN, start, BLOCK, D - MAIN, REST)
+
+
+@triton.jit
+def store_joint_rows(
+    matrix, rope, tiles, start, BLOCK: tl.constexpr, D: tl.constexpr, D_ROPE: tl.constexpr
+):
+    """Write rows to a matrix and, of the tiles behind its own, to its rotary part."""
+    store_rows(matrix, tiles, start, BLOCK, D)
+    if D_ROPE:
+        if padded_width(D) == main_width(D):
+            store_rows(rope, tiles[1:], start, BLOCK, D_ROPE)
+        else:
+            store_rows(rope, tiles[2:], start, BLOCK, D_ROPE)
+
+
+@triton.jit
+def scale_rows(tiles, factor):
+    """Every tile times a number, or a column of numbers."""
+    scaled = ()
+    for part in tl.static_range(len(tiles)):
+        scaled = scaled + (tiles[part] * factor,)
+    return scaled
+
+
+@triton.jit
+def inner_products(a, b, PRECISION: tl.constexpr):
+    """a b^T of rows in tiles, in fp32."""
+    total = None
+    for part in tl.static_range(len(a)):
+        total = dot(a[part], tl.trans(b[part]), total, PRECISION)
+    return total
+
+
+@triton.jit
+def accumulate(weights, rows, accumulator, PRECISION: tl.constexpr):
+    """accumulator + weights rows, for as many tiles as the accumulator has."""
+    weights = cast(weights, rows[0].dtype)
+    total = ()
+    for part in tl.static_range(len(accumulator)):
+        total = total + (dot(weights, rows[part], accumulator[part], PRECISION),)
+    return total
 
 
 @triton.jit
@@ -121,22 +235,31 @@ def partner_range(position, reach, IS_VARLEN: tl.constexpr):
 
 
 @triton.jit
+def phases(begin, inner_begin, inner_end, end, BLOCK: tl.constexpr):
+    """Bounds (begin, inner, edge, end) of the tiles of [begin, end).
+
+    The tiles of the left edge [begin, inner) and of the right one [edge, end) need a mask, those of
+    the interior [inner, edge) lie inside [inner_begin, inner_end).
+    """
+    inner_begin = tl.minimum(tl.maximum(inner_begin, begin), tl.maximum(end, begin))
+    inner = begin + tl.cdiv(inner_begin - begin, BLOCK) * BLOCK
+    edge = inner + tl.maximum(tl.minimum(inner_end, end) - inner, 0) // BLOCK * BLOCK
+    return begin, inner, edge, end
+
+
+@triton.jit
 def plan_tiles(
     start, tokens, reach,
     BLOCK: tl.constexpr, PARTNER_BLOCK: tl.constexpr, IS_VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Bounds of the partner tiles of the tokens start, ..., start + BLOCK - 1.
+    """`phases` of the partners of the tokens start, ..., start + BLOCK - 1.
 
-    Returns:
-        begin, inner, edge, end: the left edge [begin, inner) and the right one [edge, end), the
-        diagonal, need the mask; every token meets all partners of the interior [inner, edge).
+    Every token meets all partners of the interior; the right edge is the diagonal.
     """
     last = tl.minimum(start + BLOCK, tokens) - 1
     begin, inner_end = partner_range(start, reach, IS_VARLEN)
     inner_begin, end = partner_range(last, reach, IS_VARLEN)
-    inner = begin + tl.cdiv(inner_begin - begin, PARTNER_BLOCK) * PARTNER_BLOCK
-    edge = inner + tl.maximum(inner_end - inner, 0) // PARTNER_BLOCK * PARTNER_BLOCK
-    return begin, inner, edge, end
+    return phases(begin, inner_begin, inner_end, end, PARTNER_BLOCK)
 
 
 @triton.jit

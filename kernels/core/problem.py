@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from kernels.core.primitives import padded_width
 
 UNLIMITED = 2**30  # tokens; sums with a position stay inside int32
 
@@ -14,6 +15,8 @@ def attention_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    q_rope: Tensor | None,
+    k_rope: Tensor | None,
     cu_seqlens: Tensor | None,
     causal: bool,
     window_size: int | None,
@@ -30,6 +33,7 @@ def attention_arguments(
         "q_strides": q.stride(),
         "k_strides": k.stride(),
         "v_strides": v.stride(),
+        **rope_arguments(q, k, q_rope, k_rope),
         "bounds_ptr": None if cu_seqlens is None else sequence_bounds(cu_seqlens, k_tokens),
         "batches": batches,
         "q_heads": q_heads,
@@ -40,19 +44,40 @@ def attention_arguments(
         "shift": k_tokens - q_tokens,  # both sequences end together
         "behind": UNLIMITED if window_size is None else min(window_size, UNLIMITED) - 1,
         "ahead": 0 if causal else UNLIMITED,
-        "scale_log2": scale * math.log2(math.e),
+        "scale_log2": log2_scale(scale),
         "D_QK": d_qk,
         "D_V": d_v,
-        "BLOCK_QK": padded_width(d_qk),
-        "BLOCK_V": padded_width(d_v),
         "IS_VARLEN": cu_seqlens is not None,
         "PRECISION": dot_precision(q),
     }
 
 
-def padded_width(width: int) -> int:
-    """The power of two, at least 16, that a dot product needs."""
-    return max(16, int(triton.next_power_of_2(width)))
+def log2_scale(scale: float) -> float:
+    """The scale of scores whose softmax is taken to base 2."""
+    return scale * math.log2(math.e)
+
+
+def rope_arguments(
+    q: Tensor, k: Tensor, q_rope: Tensor | None, k_rope: Tensor | None
+) -> dict[str, Any]:
+    """The rotary parts, queries [B, T, H, D_ROPE] and keys [B, T, D_ROPE], as kernels take them."""
+    if q_rope is None or k_rope is None:
+        q_rope, shared, width = q, k, 0  # of no width, so never read
+    else:
+        shared, width = k_rope[:, :, None], q_rope.shape[-1]
+    return {
+        "q_rope_ptr": q_rope,
+        "k_rope_ptr": shared,
+        "q_rope_strides": q_rope.stride(),
+        "k_rope_strides": shared.stride(),
+        "D_ROPE": width,
+    }
+
+
+def tile_width(arguments: dict[str, Any]) -> int:
+    """Columns of the wider of the rows that are scored and of those that are summed."""
+    scored = [arguments["D_QK"], arguments["D_ROPE"]]
+    return max(sum(padded_width(d) for d in scored if d), padded_width(arguments["D_V"]))
 
 
 def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:

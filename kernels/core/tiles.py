@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Direction = Literal["forward", "dq", "dkdv"]
+Direction = Literal["forward", "dq", "dkdv", "decode"]
 
 
 @dataclass(frozen=True)
@@ -31,37 +31,55 @@ class Tile:
 
 Table = dict[Direction, dict[int, Tile]]  # by direction and widest padded width that a tile serves
 
+DECODE = {  # the most rows of a tile; a launch with fewer takes a smaller one
+    64: Tile(64, 32, 4, 3),
+    128: Tile(32, 32, 4, 3),
+    192: Tile(64, 32, 8, 2),
+    256: Tile(32, 64, 8, 2),
+    320: Tile(16, 64, 4, 2),
+    576: Tile(32, 32, 8, 2),
+}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+        "decode": DECODE,
     },
     90: {
         "forward": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dq": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "decode": DECODE,
     },
     100: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dq": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
         "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "decode": DECODE,
     },
     120: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
         "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+        "decode": DECODE,
     },
 }
 SINGLE_PRECISION: Table = {
     "forward": {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 32, 8, 1)},
     "dq": {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
     "dkdv": {64: Tile(16, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "decode": {
+        64: Tile(16, 32, 4, 1),
+        192: Tile(16, 16, 4, 1),
+        576: Tile(16, 16, 8, 1),
+    },
 }
 INTERPRETER: dict[Direction, Tile] = {
     "forward": Tile(64, 32, 4, 1),
     "dq": Tile(32, 64, 4, 1),
     "dkdv": Tile(32, 64, 4, 1),
+    "decode": Tile(16, 32, 4, 1),
 }
 
 

@@ -1,0 +1,232 @@
+"""The decode kernels, keys split over programs and then combined, and their launcher."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from einops import rearrange
+from torch import Tensor
+
+from kernels.core import tiles
+from kernels.core.forward import attend
+from kernels.core.primitives import (
+    LOG2_E,
+    cast,
+    head_matrix,
+    load_joint_rows,
+    locate_program,
+    phases,
+    scale_rows,
+    store_rows,
+    zero_rows,
+)
+from kernels.core.problem import (
+    UNLIMITED,
+    dot_precision,
+    log2_scale,
+    rope_arguments,
+    tile_width,
+)
+
+KEYS_OF_A_SPLIT = 128  # at the least
+MOST_SPLITS = 128
+PROGRAMS_PER_SM = 4
+COMBINED_ELEMENTS = 4096  # of a tile
+NOTHING = tl.constexpr(float("-inf"))
+
+
+@triton.jit(do_not_specialize=["q_tokens", "capacity", "splits", "window"])
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_ptr, sinks_ptr, lengths_ptr,
+    q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, o_strides,
+    batches, k_heads, v_heads, group, q_tokens, capacity, splits, window, scale_log2,
+    D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr, V_IS_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o and its base-2 lse over one split of the cache, for BLOCK_M rows of one key head.
+
+    A row is one of the newest q_tokens of the sequence and one query head of the key head's group.
+    The token at position p stands at row p % capacity of the cache, so that a range of positions
+    is at most two ranges of its rows.
+    Grid: (row tiles * splits * B * HK,).
+    """
+    part, batch, k_head = locate_program(batches, k_heads)
+    start, split = part // splits * BLOCK_M, part % splits
+    rows = q_tokens * group
+    row = start + tl.arange(0, BLOCK_M)
+    length = tl.load(lengths_ptr + batch)
+    oldest = tl.maximum(length - capacity, 0)
+    end = length - q_tokens + tl.minimum(row, rows - 1) // group + 1  # positions [first, end)
+    first = tl.maximum(end - window, oldest)
+    last_row = tl.minimum(start + BLOCK_M, rows) - 1
+    inner_end = length - q_tokens + start // group + 1
+    stop = tl.maximum(length - q_tokens + last_row // group + 1, 0)
+    begin = tl.maximum(inner_end - window, oldest)
+    inner_begin = tl.maximum(stop - window, oldest)
+    tiles_of_split = tl.cdiv(tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_N), splits)
+    split_begin = begin + split * tiles_of_split * BLOCK_N
+    split_stop = tl.minimum(split_begin + tiles_of_split * BLOCK_N, stop)
+
+    q_matrix = head_matrix(q_ptr, q_strides, batch, k_head, rows)
+    q_rope_matrix = head_matrix(q_rope_ptr, q_rope_strides, batch, k_head, rows)
+    q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE, True)
+    row_max_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:  # a key of no value that every query sees, in the first split
+        heads = k_head * group + row % group
+        sinks_log2 = tl.load(sinks_ptr + heads, mask=row < rows, other=0.0).to(tl.float32) * LOG2_E
+        row_max_log2 = tl.where(split == 0, sinks_log2, row_max_log2)
+        row_sum += tl.where(split == 0, 1.0, 0.0)
+    state = zero_rows(BLOCK_M, D_V), row_max_log2, row_sum
+    for turn in tl.static_range(2):  # of the ring, where these positions begin and the next one
+        shift = (begin // capacity + turn) * capacity  # from row to position
+        turn_begin = tl.maximum(split_begin - shift, 0)
+        turn_stop = tl.maximum(tl.minimum(split_stop - shift, capacity), turn_begin)
+        turn_end = tl.minimum(end - shift, turn_stop)
+        bounds = phases(turn_begin, inner_begin - shift, inner_end - shift, turn_stop, BLOCK_N)
+        keys = (
+            head_matrix(k_ptr, k_strides, batch, k_head, turn_stop),
+            head_matrix(k_rope_ptr, k_rope_strides, batch, 0, turn_stop),
+            head_matrix(v_ptr, v_strides, batch, k_head * v_heads // k_heads, turn_stop),
+        )
+        for phase in tl.static_range(3):
+            state = attend(
+                state, q, keys, bounds[phase], bounds[phase + 1], first - shift, turn_end,
+                scale_log2, BLOCK_N, D_QK, D_V, D_ROPE, V_IS_K, PRECISION, MASKED=phase != 1,
+            )  # fmt: skip
+    o, row_max_log2, row_sum = state
+
+    batch += split * batches
+    o = scale_rows(o, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
+    store_rows(head_matrix(o_ptr, o_strides, batch, k_head, rows), o, start, BLOCK_M, D_V)
+    lse_ptr += (tl.cast(batch, tl.int64) * rows + row) * k_heads + k_head
+    tl.store(lse_ptr, row_max_log2 + tl.log2(row_sum), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def combine_kernel(
+    o_ptr, partial_ptr, lse_ptr, splits, rows,
+    D_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, MOST_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """o = sum_s exp2(lse_s - lse) o_s of one row, in the order of the splits.
+
+    Grid: (rows of all sequences and heads,).
+    """
+    row = tl.cast(tl.program_id(0), tl.int64)
+    split = tl.arange(0, MOST_SPLITS)
+    partial_log2 = tl.load(lse_ptr + split * rows + row, mask=split < splits, other=NOTHING)
+    pivot = tl.maximum(tl.max(partial_log2, 0), -1e30)  # finite where the row has seen nothing
+    lse_log2 = pivot + tl.log2(tl.maximum(tl.sum(tl.exp2(partial_log2 - pivot), 0), 1e-30))
+    column = tl.arange(0, BLOCK_V)
+    o = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        part = start + tl.arange(0, BLOCK_S)
+        part_log2 = tl.load(lse_ptr + part * rows + row, mask=part < splits, other=NOTHING)
+        pointers = partial_ptr + ((part * rows + row) * D_V)[:, None] + column[None, :]
+        mask = (part < splits)[:, None] & (column < D_V)[None, :]
+        partial = tl.load(pointers, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_V]
+        o += tl.sum(partial * tl.exp2(part_log2 - lse_log2)[:, None], 0)
+    tl.store(o_ptr + row * D_V + column, cast(o, o_ptr.dtype.element_ty), mask=column < D_V)
+
+
+def launch_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    q_rope: Tensor | None,
+    rope_cache: Tensor | None,
+    cache_lengths: Tensor,
+    sinks: Tensor | None,
+    window_size: int | None,
+    scale: float,
+) -> Tensor:
+    """o [B, Tq, HQ, D_V] of q [B, Tq, HQ, D_QK]; without a v_cache the values are the keys.
+
+    The other arguments are those of `attention_decode` and, for the rotary parts, `latent_decode`.
+    """
+    batches, q_tokens, q_heads, d_qk = q.shape
+    capacity, k_heads = k_cache.shape[1:3]
+    values = k_cache if v_cache is None else v_cache
+    v_heads, d_v = values.shape[2:]
+    group = q_heads // k_heads
+    rows = q_tokens * group
+    if 0 in (q.numel(), capacity):
+        return q.new_zeros(batches, q_tokens, q_heads, d_v)
+
+    def by_key_head(x: Tensor) -> Tensor:
+        return rearrange(x, "b t (k g) d -> b (t g) k d", k=k_heads)
+
+    q = by_key_head(q)
+    arguments = {
+        "D_QK": d_qk,
+        "D_V": d_v,
+        **rope_arguments(q, k_cache, None if q_rope is None else by_key_head(q_rope), rope_cache),
+    }
+    tile = tiles.choose("decode", q, tile_width(arguments))
+    block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
+    programs = triton.cdiv(rows, block_m) * batches * k_heads
+    keys = capacity if window_size is None else min(capacity, window_size + q_tokens - 1)
+    splits = splits_of(keys, programs, multiprocessors(q.device))
+    partial = q.new_empty(
+        splits * batches, rows, k_heads, d_v, dtype=torch.float32 if splits > 1 else q.dtype
+    )
+    lse = q.new_empty(partial.shape[:3], dtype=torch.float32)
+    decode_kernel[(programs * splits,)](
+        q_ptr=q,
+        k_ptr=k_cache,
+        v_ptr=values,
+        o_ptr=partial,
+        lse_ptr=lse,
+        sinks_ptr=sinks,
+        lengths_ptr=cache_lengths,
+        q_strides=q.stride(),
+        k_strides=k_cache.stride(),
+        v_strides=values.stride(),
+        o_strides=partial.stride(),
+        batches=batches,
+        k_heads=k_heads,
+        v_heads=v_heads,
+        group=group,
+        q_tokens=q_tokens,
+        capacity=capacity,
+        splits=splits,
+        window=UNLIMITED if window_size is None else min(window_size, UNLIMITED),
+        scale_log2=log2_scale(scale),
+        V_IS_K=v_cache is None,
+        HAS_SINKS=sinks is not None,
+        PRECISION=dot_precision(q),
+        **arguments,
+        **tile.options | {"BLOCK_M": block_m, "maxnreg": 255},  # else ptxas spills to fit one more
+    )
+    o = partial
+    if splits > 1:
+        o = q.new_empty(batches, rows, k_heads, d_v)
+        block_v = triton.next_power_of_2(d_v)
+        combine_kernel[(batches * rows * k_heads,)](
+            o_ptr=o,
+            partial_ptr=partial,
+            lse_ptr=lse,
+            splits=splits,
+            rows=batches * rows * k_heads,
+            D_V=d_v,
+            BLOCK_V=block_v,
+            BLOCK_S=max(1, COMBINED_ELEMENTS // block_v),
+            MOST_SPLITS=MOST_SPLITS,
+        )
+    return rearrange(o, "b (t g) k d -> b t (k g) d", t=q_tokens)
+
+
+def splits_of(keys: int, programs: int, multiprocessors: int) -> int:
+    """How many programs share the keys of a row: enough to fill the GPU, none with few keys."""
+    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors, programs)
+    return max(1, min(wanted, triton.cdiv(keys, KEYS_OF_A_SPLIT), MOST_SPLITS))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; without one, a few."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
