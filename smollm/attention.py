@@ -1,6 +1,7 @@
 """The four mechanisms: project, normalise, rotate, then one call to a public op."""
 
 import math
+from collections import OrderedDict
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from kernels import (
     genetic_attention,
     latent_attention,
     latent_decode,
+    ring_positions,
     rotate,
 )
 from smollm.cache import LayerCache
@@ -22,6 +24,7 @@ from smollm.rope import Rope, rotary_tables, token_positions
 
 QKNorm = bool | Literal["rms"]
 NORM_EPS = 1e-5
+LATENT_NORM_EPS = 1e-6  # DeepSeek's
 
 
 class Attention(nn.Module):
@@ -189,9 +192,11 @@ class GroupedQueryAttention(Attention):
         if self.rope_dim:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            cache.store(k=k, v=v)
+            rings = cache.store(k=k, v=v)
             if cache.decoding:
-                return attention_decode(q[:, 0], cache["k"], cache["v"], cache.lengths)[:, None]
+                return attention_decode(
+                    q, rings["k"], rings["v"], cache.lengths, window_size=self.window_size
+                )
         return attention(
             q, k, v, causal=self.is_causal, window_size=self.window_size, cu_seqlens=cu_seqlens
         )
@@ -243,10 +248,13 @@ class MultiHeadLatentAttention(Attention):
             `GroupedQueryAttention`.
         latent_dim: width of the latent.
         rope_dim: width of the rotated part of each query and of the shared key; 0 for none.
-        bias: biases on the projections; the up-projection never has one. Default True.
+            Default 32.
+        q_latent_dim: width of a second latent, normalised as the first, that the queries are
+            expanded from. Default none: queries are projected from x.
+        bias: biases on the projections; up-projections never have one. Default True.
         qk_norm: as in `GroupedQueryAttention`, on the queries and on the shared rotary key.
-            The keys expanded from the latent stay linear in it, which absorption needs; the
-            latent has an RMSNorm of its own in any case.
+            The keys expanded from the latent stay linear in it, which absorption needs, so
+            rope_dim must not be 0; latents have an RMSNorm of their own in any case.
         rope_theta: rotary base. Default 100,000.
 
     Source: DeepSeek-V2, arXiv 2405.04434.
@@ -258,6 +266,7 @@ class MultiHeadLatentAttention(Attention):
         num_heads: int,
         latent_dim: int,
         rope_dim: int = 32,
+        q_latent_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
         use_sliding_window: bool = False,
@@ -272,6 +281,13 @@ class MultiHeadLatentAttention(Attention):
             raise ValueError(f"latent_dim: expected >= 1, got {latent_dim}")
         if rope_dim < 0:
             raise ValueError(f"rope_dim: expected >= 0, got {rope_dim}")
+        if q_latent_dim is not None and q_latent_dim < 1:
+            raise ValueError(f"q_latent_dim: expected >= 1 or None, got {q_latent_dim}")
+        if qk_norm and not rope_dim:
+            raise ValueError(
+                "qk_norm: expected False with rope_dim=0, where every key is expanded from the "
+                f"latent and must stay linear in it, got {qk_norm!r}"
+            )
         super().__init__(
             embed_dim,
             num_heads,
@@ -283,9 +299,18 @@ class MultiHeadLatentAttention(Attention):
         )
         self.latent_dim = latent_dim
         self.scale = (self.head_dim + rope_dim) ** -0.5
-        self.q_proj = nn.Linear(embed_dim, num_heads * (self.head_dim + rope_dim), bias=bias)
+        q_dim = num_heads * (self.head_dim + rope_dim)
+        self.q_proj: nn.Module = nn.Linear(embed_dim, q_dim, bias=bias)
+        if q_latent_dim is not None:
+            self.q_proj = nn.Sequential(
+                OrderedDict(
+                    down_proj=nn.Linear(embed_dim, q_latent_dim, bias=bias),
+                    latent_norm=nn.RMSNorm(q_latent_dim, eps=LATENT_NORM_EPS),
+                    up_proj=nn.Linear(q_latent_dim, q_dim, bias=False),
+                )
+            )
         self.kv_down_proj = nn.Linear(embed_dim, latent_dim + rope_dim, bias=bias)
-        self.latent_norm = nn.RMSNorm(latent_dim, eps=1e-6)  # DeepSeek's
+        self.latent_norm = nn.RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
         self.kv_up_proj = nn.Linear(latent_dim, num_heads * 2 * self.head_dim, bias=False)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.q_nope_norm = _head_norm(qk_norm, self.head_dim)
@@ -307,9 +332,9 @@ class MultiHeadLatentAttention(Attention):
             q_rope = rotate(q_rope, *rope)
             k_rope = rotate(k_rope[:, :, None], *rope)[:, :, 0]
         if cache is not None:
-            cache.store(latent=latent, **({} if k_rope is None else {"rope": k_rope}))
+            rings = cache.store(latent=latent, **({} if k_rope is None else {"rope": k_rope}))
             if cache.decoding:
-                return self._decode(q_nope, q_rope, cache)
+                return self._decode(q_nope, q_rope, rings, cache.lengths)
         up = rearrange(
             self.kv_up_proj(latent), "b t (h two d) -> two b t h d", two=2, d=self.head_dim
         )
@@ -325,21 +350,23 @@ class MultiHeadLatentAttention(Attention):
             cu_seqlens=cu_seqlens,
         )
 
-    def _decode(self, q_nope: Tensor, q_rope: Tensor | None, cache: LayerCache) -> Tensor:
+    def _decode(
+        self, q_nope: Tensor, q_rope: Tensor | None, rings: dict[str, Tensor], lengths: Tensor
+    ) -> Tensor:
         """Absorbed: <q_nope, W_k c> = <W_k^T q_nope, c>, and W_v is applied after the sum."""
         up = self.kv_up_proj.weight.to(q_nope.dtype)
         w_k, w_v = rearrange(up, "(h two d) c -> two h d c", two=2, d=self.head_dim)
-        q_latent = einsum(q_nope[:, 0], w_k, "b h d, h d c -> b h c")
         selected = latent_decode(
-            q_latent,
-            None if q_rope is None else q_rope[:, 0],
-            cache["latent"],
-            None if q_rope is None else cache["rope"],
-            cache.lengths,
+            einsum(q_nope, w_k, "b t h d, h d c -> b t h c"),
+            q_rope,
+            rings["latent"],
+            rings.get("rope"),
+            lengths,
+            window_size=self.window_size,
             scale=self.scale,
         )
-        o: Tensor = einsum(selected, w_v, "b h c, h d c -> b h d")
-        return o[:, None]
+        o: Tensor = einsum(selected, w_v, "b t h c, h d c -> b t h d")
+        return o
 
     def score_and_value_width(self) -> int:  # noqa: D102
         return self.num_heads * (2 * self.head_dim + self.rope_dim)
@@ -419,9 +446,9 @@ class MultiHeadGeneticAttention(Attention):
         v = _split(self.w_v(x), self.num_value_heads)
         pressure = self.log_selection_pressure.exp()
         if cache is not None:
-            cache.store(p=torch.sigmoid(g), v=v)
+            rings = cache.store(p=torch.sigmoid(g), v=v)
             if cache.decoding:
-                return self._decode(g, e, pressure, rope, cache)
+                return self._decode(g, e, pressure, rope, rings, cache.lengths)
         assert self.window_size is not None
         return genetic_attention(
             g,
@@ -435,18 +462,31 @@ class MultiHeadGeneticAttention(Attention):
         )
 
     def _decode(
-        self, g: Tensor, e: Tensor | None, pressure: Tensor, rope: Rope, cache: LayerCache
+        self,
+        g: Tensor,
+        e: Tensor | None,
+        pressure: Tensor,
+        rope: Rope,
+        rings: dict[str, Tensor],
+        lengths: Tensor,
     ) -> Tensor:
-        """One token against the ring: rows not yet filled are zero and add nothing to the sum."""
-        p, lengths = cache["p"], cache.lengths
-        accumulator = torch.promote_types(p.dtype, torch.float32)
-        total = p.sum(dim=1, keepdim=True, dtype=accumulator)
-        expression = total / lengths[:, None, None, None]
+        """The newest tokens against the ring, whose window is averaged anew."""
+        assert self.window_size is not None
+        p, q_tokens = rings["p"], g.shape[1]
+        own = lengths[:, None] - q_tokens + torch.arange(q_tokens, device=g.device)
+        position = ring_positions(lengths, p.shape[1])
+        age = own[:, :, None] - position[:, None]
+        seen = (age >= 0) & (age < self.window_size) & (position >= 0)[:, None]  # [B, T, rows]
+        weights = seen.to(torch.promote_types(p.dtype, torch.float32))
+        weights /= weights.sum(dim=-1, keepdim=True)
+        expression = einsum(weights, p.to(weights.dtype), "b t s, b s h d -> b t h d")
         gamma = closed_form_fitness(expression, g, e, environment=self.environment)
         q = gamma * pressure[:, None] * self.head_dim**0.5
         if self.rope_dim:
-            q, p = rotate(q, *rope), rotate(p, *self.rope(cache.positions))
-        return attention_decode(q[:, 0].to(p.dtype), p, cache["v"], lengths, scale=1.0)[:, None]
+            q, p = rotate(q, *rope), rotate(p, *self.rope(position))
+        return attention_decode(
+            q.to(p.dtype), p, rings["v"], lengths, window_size=self.window_size, scale=1.0
+        )
 
 
 def init_linear(linear: nn.Linear, embed_dim: int) -> None:

@@ -41,6 +41,8 @@ class ModelConfig:
     """MLA: width of the latent that the cache holds."""
     rope_dim: int = 32
     """MLA: width of the rotary part; 0 for none."""
+    q_latent_dim: int | None = None
+    """MLA: width of a latent that queries are expanded from; none by default."""
     num_value_heads: int | None = None
     """MGA: value heads; as many as heads by default."""
     environment: Literal["query", "kin", "none"] = "query"
@@ -219,7 +221,9 @@ def build_attention(mechanism: Mechanism, config: ModelConfig) -> Attention:
     if mechanism == "gqa":
         return GroupedQueryAttention(*shape, config.num_kv_heads, **common)
     if mechanism == "mla":
-        return MultiHeadLatentAttention(*shape, config.latent_dim, config.rope_dim, **common)
+        return MultiHeadLatentAttention(
+            *shape, config.latent_dim, config.rope_dim, config.q_latent_dim, **common
+        )
     raise ValueError(f"mechanism: expected one of {MECHANISMS}, got {mechanism!r}")
 
 

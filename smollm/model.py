@@ -190,13 +190,15 @@ class SmolLM(nn.Module):
         batch, tokens = input_ids.shape
         packed = None if attention_mask is None else packing(attention_mask, batch, tokens)
         if packed is not None:
+            if cache is not None and cache.in_use:
+                raise ValueError("attention_mask: expected no padding beside a cache in use")
             input_ids, cu_seqlens = packed.pack(input_ids), packed.cu_seqlens
         positions = token_positions(input_ids.shape[1], cu_seqlens, device=input_ids.device)
         if cache is not None:
             full = torch.full((batch,), tokens, dtype=torch.int32, device=input_ids.device)
             placed = cache.advance(full if packed is None else packed.lengths, tokens)
             if cache.decoding:
-                positions = placed[:, None]
+                positions = placed.view(batch, tokens)
 
         x = self.dropout(self.embed_tokens(input_ids))
         rope = self.attentions[0].rope(positions)

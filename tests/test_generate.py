@@ -27,6 +27,31 @@ def test_cached_logits_equal_uncached_ones(make, prompt):
     torch.testing.assert_close(torch.cat(steps, dim=1), model(ids)["logits"])
 
 
+@pytest.mark.parametrize("parts", [(4, 3, 5, 1, 2), (1, 8, 2, 1), (2, 17)])
+@every_module
+def test_a_cache_in_use_takes_any_number_of_tokens(make, parts):
+    """Fewer and more than a window's, and more than the ring has rows."""
+    model = build(make()).double().eval()
+    ids = torch.randint(VOCAB, (2, sum(parts)))
+    cache = model.new_cache(2, 25)
+    logits = [model(part, cache=cache)["logits"] for part in ids.split(parts, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids)["logits"])
+
+
+@every_module
+def test_padded_prompts_of_unequal_lengths_take_more_tokens(make):
+    model = build(make()).double().eval()
+    ids, more = torch.randint(VOCAB, (2, 7)), torch.randint(VOCAB, (2, 5))
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :6] = False
+    cache = model.new_cache(2, 12)
+    model(ids, mask, cache=cache)
+    logits = model(more, cache=cache)["logits"]
+    for row in range(2):
+        whole = torch.cat((ids[row, mask[row]], more[row]))[None]
+        torch.testing.assert_close(logits[row], model(whole)["logits"][0, -5:])
+
+
 @every_module
 def test_left_padded_prompts_continue_like_single_ones(make):
     model = build(make()).double()
@@ -154,12 +179,12 @@ def test_refusal(call, text):
         call(build(MODULES["mha"]()))
 
 
-def test_a_cache_in_use_takes_one_token_at_a_time_and_no_more_than_it_holds():
+def test_what_a_cache_in_use_refuses():
     model = build(MODULES["mha"]())
     cache = model.new_cache(1, 6)
     model(IDS, cache=cache)
-    with pytest.raises(NotImplementedError, match="one token at a time, got 2 tokens"):
-        model(IDS[:, :2], cache=cache)
-    model(IDS[:, :1], cache=cache)
     with pytest.raises(ValueError, match="cache: expected at most max_tokens=6, got 7"):
-        model(IDS[:, :1], cache=cache)
+        model(IDS[:, :2], cache=cache)
+    with pytest.raises(ValueError, match="attention_mask: expected no padding beside a cache"):
+        model(IDS[:, :2], torch.tensor([[0, 1]]), cache=cache)
+    model(IDS[:, :1], cache=cache)
