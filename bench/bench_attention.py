@@ -1,4 +1,4 @@
-"""Attention against its peers: `python -m pytest bench/bench_attention.py --benchmark-json=FILE`.
+"""Training against its peers: `python -m pytest bench/bench_attention.py --benchmark-json=FILE`.
 
 Every system is checked against fp64 before it is timed, and a wrong one has no number. Times are
 the GPU's, L2 flushed before each round; the systems of a case take turns, several times over.
@@ -14,18 +14,24 @@ from torch import Tensor
 
 import kernels
 from bench.costs import flops
-from bench.systems import SYSTEMS, Attention
+from bench.systems import SYSTEMS, Attention, join, system
 from bench.timing import clock, flush_l2
-from tests.cases import AttentionCase
+from tests.cases import AttentionCase, LatentCase
 
 GPU = torch.cuda.is_available()
 DEVICE, TURNS, ROUNDS = ("cuda", 3, 10) if GPU else ("cpu", 1, 2)
 CHECKED_QUERIES = 128
 
 
-def _cases() -> list[AttentionCase]:
+Case = AttentionCase | LatentCase
+
+
+def _cases() -> list[Case]:
     if not GPU:
-        return [AttentionCase("tiny", q_tokens=48, width=16)]
+        return [
+            AttentionCase("tiny", q_tokens=48, width=16),
+            LatentCase("tiny-mla", tokens=48, nope=16, rope=8, v_width=16),
+        ]
     causal = [
         AttentionCase(f"causal-{q}-{k}-{t}", 32768 // t, t, q_heads=q, k_heads=k)
         for q, k in ((9, 3), (16, 16))
@@ -36,35 +42,42 @@ def _cases() -> list[AttentionCase]:
         for q, k in ((9, 3), (16, 16))
         for w in (256, 1024)
     ]
-    return causal + windowed
+    latent = [
+        LatentCase(f"mla-{h}-{d}+{r}-{t}", 32768 // t, t, h, d, r, d)
+        for h, d, r in ((9, 64, 32), (16, 128, 64))
+        for t in (2048, 8192)
+    ]
+    return [*causal, *windowed, *latent]
 
 
 # In the order in which they run: the systems of a case side by side.
 TIMINGS = [
-    pytest.param(case, direction, turn, system, id=f"{case.name}-{direction}-{turn}-{system}")
+    pytest.param(case, direction, turn, name, id=f"{case.name}-{direction}-{turn}-{name}")
     for case in _cases()
     for direction in ("forward", "backward")
     for turn in range(TURNS)
-    for system in SYSTEMS
+    for name in SYSTEMS
 ]
 
 
 class Setting:
     """The tensors of a case, its truth, and each system that has proved right."""
 
-    def __init__(self, case: AttentionCase) -> None:
+    def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        inputs = case.inputs(torch.bfloat16, DEVICE)
         self.case = case
-        self.leaves = [inputs[name].requires_grad_() for name in "qkv"]  # type: ignore[union-attr]
-        self.do = torch.randn_like(self.leaves[0])
+        self.leaves = [
+            x.requires_grad_()
+            for x in case.inputs(torch.bfloat16, DEVICE).values()
+            if x is not None
+        ]
+        ours = system("ours", case)
+        assert ours is not None
+        o = ours(*self.leaves)
+        self.do = torch.randn_like(o)
+        self.gradients = torch.autograd.grad(o, self.leaves, self.do)
         self.truth = self._of_last_queries(torch.float64)
         self.tolerance = 2 * (self._of_last_queries(torch.bfloat16) - self.truth).abs().max()
-        self.gradients = torch.autograd.grad(
-            kernels.attention(*self.leaves, window_size=case.window_size, impl="triton"),
-            self.leaves,
-            self.do,
-        )
         self.systems: dict[str, Attention | str] = {}
 
     def system(self, name: str) -> Attention:
@@ -78,7 +91,7 @@ class Setting:
 
     def _checked(self, name: str) -> Attention | str:
         try:
-            attention = SYSTEMS[name](self.case)
+            attention = system(name, self.case)
             if attention is None:
                 return "does not serve the case"
             o = attention(*self.leaves)
@@ -94,24 +107,23 @@ class Setting:
         return attention
 
     def _of_last_queries(self, dtype: torch.dtype) -> Tensor:
-        q, k, v = (x.detach().to(dtype) for x in self.leaves)
+        tensors = [x.detach().to(dtype) for x in self.leaves]
+        q, k, v = tensors if isinstance(self.case, AttentionCase) else join(*tensors)
         q = q[:, -CHECKED_QUERIES:]
         o = kernels.attention(q, k, v, window_size=self.case.window_size, impl="eager")
         return o.double()
 
 
 @cache
-def setting(case: AttentionCase) -> Setting:
+def setting(case: Case) -> Setting:
     return Setting(case)
 
 
-@pytest.mark.parametrize(("case", "direction", "turn", "system"), TIMINGS)
+@pytest.mark.parametrize(("case", "direction", "turn", "name"), TIMINGS)
 @pytest.mark.benchmark(timer=clock, disable_gc=True)
-def test_attention(
-    benchmark: Any, case: AttentionCase, direction: str, turn: int, system: str
-) -> None:
+def test_attention(benchmark: Any, case: Case, direction: str, turn: int, name: str) -> None:
     here = setting(case)
-    attention = here.system(system)
+    attention = here.system(name)
     o = attention(*here.leaves)
 
     def forward() -> Tensor:
@@ -123,7 +135,11 @@ def test_attention(
 
     benchmark.group = f"{case.name} {direction}"
     benchmark.extra_info.update(
-        case=case.name, direction=direction, system=system, flops=flops(case, direction)
+        case=case.name,
+        direction=direction,
+        system=name,
+        unit="TFLOP/s",
+        work=flops(case, direction) / 1e12,
     )
     call = forward if direction == "forward" else backward
     benchmark.pedantic(call, setup=flush_l2, rounds=ROUNDS, warmup_rounds=3)

@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel at every tile of the table, with no GPU at hand.
 
-`python -m bench.resources [--arch 80 90 100 120] [--json FILE]` compiles ahead of time, prints one
-row per kernel and tile, and exits with 1 when a tile spills, has its matrix instructions
-serialised, needs more shared memory than the architecture has, or misses wgmma on sm_90.
+`python -m bench.resources [--arch 90 100] [--width 64 64+32] [--json FILE]` compiles ahead of
+time, prints one row per kernel and tile, and exits with 1 when a tile spills, has its matrix
+instructions serialised, needs more shared memory than the architecture has, or misses wgmma on
+sm_90.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.core import tiles
 from kernels.core.backward import launch_backward
+from kernels.core.decode import launch_decode
 from kernels.core.forward import launch_forward
 
 
@@ -47,8 +49,12 @@ MULTIPROCESSORS = {
     120: Multiprocessor(99 << 10, 100 << 10, 1536),
 }
 # 64 keys, the fewest of a wgmma, have two accumulators of 64 x 256 that leave no register over.
-WITHOUT_WGMMA = {("dkdv", 256)}
+WITHOUT_WGMMA = {("dkdv", "256")}
+INPUTS = ("q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
+WIDTHS = (64, 0), (96, 0), (128, 0), (256, 0)  # of keys and values, and of keys' rotary part
+MLA_WIDTHS = (64, 32), (128, 64)
+LATENT_WIDTHS = (144, 32), (288, 32), (432, 32), (512, 64)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Row:
     arch: int
     kernel: str
     dtype: str
-    width: int
+    width: str  # of keys, and of their rotary part
     block_m: int
     block_n: int
     num_warps: int
@@ -80,9 +86,9 @@ class Row:
             faults.append("wgmma serialised")
         if self.shared_bytes > MULTIPROCESSORS[self.arch].block_shared:
             faults.append("too much shared memory")
-        multiplies_halves = self.dtype != "float32" and self.kernel != "delta"
+        expected = self.dtype != "float32" and self.kernel in ("forward", "dq", "dkdv")
         exempt = (self.kernel, self.width) in WITHOUT_WGMMA
-        if self.arch == 90 and multiplies_halves and not (self.instructions["HGMMA"] or exempt):
+        if self.arch == 90 and expected and not (self.instructions["HGMMA"] or exempt):
             faults.append("no wgmma")
         return faults
 
@@ -128,26 +134,63 @@ def compiling(arch: int) -> Iterator[list[Row]]:
         yield rows
 
 
-def attention_rows(arch: int, width: int, dtype: torch.dtype) -> list[Row]:
-    """Compile the attention core as its launchers do: 9 query heads over 3, window 1024."""
-    q, k, v = (torch.empty(1, 4096, h, width, dtype=dtype, device="meta") for h in (9, 3, 3))
+def attention_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
+    """Compile the attention core as its launchers do: 9 query heads over 3, or MLA's 9; a window.
+
+    With rope, that many columns of queries and keys beside width are rotary.
+    """
+    heads, scale = 9 if rope else 3, (width + rope) ** -0.5
+    q, k, v = (_meta(1, 4096, h, width, dtype=dtype) for h in (9, heads, heads))
+    q_rope = _meta(1, 4096, 9, rope, dtype=dtype) if rope else None
+    k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
     with compiling(arch) as rows:
-        o, lse = launch_forward(q, k, v, None, None, True, 1024, width**-0.5)
-        launch_backward(q, k, v, o, lse, o, lse, None, True, 1024, width**-0.5)
+        o, lse = launch_forward(q, k, v, q_rope, k_rope, None, None, True, 1024, scale)
+        launch_backward(q, k, v, q_rope, k_rope, o, lse, o, lse, None, True, 1024, scale)
     return rows
+
+
+def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
+    """Compile the decode kernels: 9 query heads over 3, or with rope over one latent of width.
+
+    For one new token and for many, whose tiles have more rows.
+    """
+    lengths = _meta(8, dtype=torch.int32)
+    k = _meta(8, 4096, 1 if rope else 3, width, dtype=dtype)
+    v = None if rope else k
+    k_rope = _meta(8, 4096, rope, dtype=dtype) if rope else None
+    with compiling(arch) as rows:
+        for q_tokens in (1, 64):
+            q = _meta(8, q_tokens, 9, width, dtype=dtype)
+            q_rope = _meta(8, q_tokens, 9, rope, dtype=dtype) if rope else None
+            launch_decode(q, k, v, q_rope, k_rope, lengths, None, None, width**-0.5)
+    return rows
+
+
+def compiled_rows(arch: int, dtype: torch.dtype, width: int, rope: int) -> list[Row]:
+    """The rows of every kernel that serves these widths."""
+    rows = []
+    if (width, rope) in WIDTHS + MLA_WIDTHS:
+        rows += attention_rows(arch, width, dtype, rope)
+    if (width, rope) in WIDTHS + LATENT_WIDTHS:
+        rows += decode_rows(arch, width, dtype, rope)
+    return rows
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
     registers = re.search(r"Used (\d+) registers", log)
     assert registers, f"ptxas said nothing of {kernel.metadata.name}: {log}"
     sass = _disassemble(kernel.asm["cubin"])
-    metadata = kernel.metadata
+    metadata, rope = kernel.metadata, arguments.get("D_ROPE", 0)
     return Row(
         arch=arch,
         kernel=metadata.name.removesuffix("_kernel"),
-        dtype=str(arguments["do_ptr" if "do_ptr" in arguments else "q_ptr"].dtype)[6:],
-        width=arguments["D_V"],
-        block_m=arguments["BLOCK_M"],
+        dtype=str(arguments[next(name for name in INPUTS if name in arguments)].dtype)[6:],
+        width=str(arguments.get("D_QK", arguments["D_V"])) + (f"+{rope}" if rope else ""),
+        block_m=arguments.get("BLOCK_M", 0),
         block_n=arguments.get("BLOCK_N", 0),
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
@@ -197,8 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
     known = sorted(MULTIPROCESSORS)
+    widths = {f"{w}+{r}" if r else f"{w}": (w, r) for w, r in WIDTHS + MLA_WIDTHS + LATENT_WIDTHS}
     parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
-    parser.add_argument("--width", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--width", nargs="+", choices=widths, default=list(widths))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args(argv)
@@ -207,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arch in arguments.arch
         for dtype in arguments.dtype
         for width in arguments.width
-        for row in attention_rows(arch, width, getattr(torch, dtype))
+        for row in compiled_rows(arch, getattr(torch, dtype), *widths[width])
     ]
     print(report(rows))
     if arguments.json:

@@ -27,21 +27,21 @@ MARKERS = "<!-- attention on a GPU -->", "<!-- end -->"
 def collect(raw: dict[str, Any]) -> dict[str, Any]:
     """One row per case, direction and system: the median of its turns' medians."""
     seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    flops: dict[tuple[str, str], float] = {}
+    work: dict[tuple[str, str, str], tuple[float, str]] = {}
     for entry in raw["benchmarks"]:
         about = entry["extra_info"]
-        seconds[about["case"], about["direction"], about["system"]].append(entry["stats"]["median"])
-        flops[about["case"], about["direction"]] = about["flops"]
+        key = about["case"], about["direction"], about["system"]
+        seconds[key].append(entry["stats"]["median"])
+        work[key] = about["work"], about["unit"]
     rows = [
         {
-            "case": case,
-            "direction": direction,
-            "system": system,
+            **dict(zip(("case", "direction", "system"), key, strict=True)),
             "milliseconds": 1e3 * statistics.median(turns),
             "spread": max(turns) / min(turns) - 1,
-            "tflops": flops[case, direction] / statistics.median(turns) / 1e12,
+            "rate": work[key][0] / statistics.median(turns),
+            "unit": work[key][1],
         }
-        for (case, direction, system), turns in seconds.items()
+        for key, turns in seconds.items()
     ]
     return {**machine(), "rows": rows}
 
@@ -66,44 +66,57 @@ def _output(*command: str) -> str:
     return done.stdout.strip().splitlines()[0]
 
 
-def table(results: dict[str, Any]) -> str:
-    """TFLOP/s as Markdown, a row per case and direction, a column per system."""
-    systems = list(dict.fromkeys(row["system"] for row in results["rows"]))
-    figures: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+def by_unit(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each unit: TFLOP/s of training, GB/s of decoding."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in results["rows"]:
-        figures[row["case"], row["direction"]][row["system"]] = f"{row['tflops']:.3g}"
-    lines = [f"| TFLOP/s | | {' | '.join(systems)} |", "|:--|:--|" + "--:|" * len(systems)]
-    lines += [
-        f"| {case} | {direction} | {' | '.join(found.get(s, '-') for s in systems)} |"
-        for (case, direction), found in figures.items()
-    ]
+        groups[row["unit"]].append(row)
+    return groups
+
+
+def table(results: dict[str, Any]) -> str:
+    """Rates as Markdown, a table per unit, a row per case and direction, a column per system."""
+    lines = []
+    for unit, rows in by_unit(results).items():
+        systems = list(dict.fromkeys(row["system"] for row in rows))
+        figures: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        for row in rows:
+            figures[row["case"], row["direction"]][row["system"]] = f"{row['rate']:.3g}"
+        lines += [f"| {unit} | | {' | '.join(systems)} |", "|:--|:--|" + "--:|" * len(systems)]
+        lines += [
+            f"| {case} | {direction} | {' | '.join(found.get(s, '-') for s in systems)} |"
+            for (case, direction), found in figures.items()
+        ]
+        lines.append("")
     about = "{gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}"
-    return "\n".join([*lines, "", about.format(**results) + ", bf16, width 64."])
+    return "\n".join([*lines, about.format(**results) + ", bf16."])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of TFLOP/s, one panel per direction."""
+    """Bars, one panel per unit and direction."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    systems = list(dict.fromkeys(row["system"] for row in results["rows"]))
-    cases = list(dict.fromkeys(row["case"] for row in results["rows"]))
-    figure, panels = plt.subplots(2, 1, figsize=(max(6, len(cases)), 8), layout="constrained")
-    for panel, direction in zip(panels, ("forward", "backward"), strict=True):
+    parts: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for unit, rows in by_unit(results).items():
+        for row in rows:
+            parts[unit, row["direction"]].append(row)
+    most = max(len({row["case"] for row in rows}) for rows in parts.values())
+    size = max(6, most), 4 * len(parts)
+    figure, panels = plt.subplots(len(parts), figsize=size, squeeze=False, layout="constrained")
+    for panel, ((unit, direction), rows) in zip(panels[:, 0], parts.items(), strict=True):
+        systems = list(dict.fromkeys(row["system"] for row in rows))
+        cases = list(dict.fromkeys(row["case"] for row in rows))
+        width = 0.8 / len(systems)
         for index, system in enumerate(systems):
-            rows = [
-                row
-                for row in results["rows"]
-                if (row["system"], row["direction"]) == (system, direction)
-            ]
-            width = 0.8 / len(systems)
-            places = [cases.index(row["case"]) + width * index for row in rows]
-            panel.bar(places, [row["tflops"] for row in rows], width, label=system)
-        panel.set(title=f"{direction}, {results['gpu']}", ylabel="TFLOP/s")
+            shown = [row for row in rows if row["system"] == system]
+            places = [cases.index(row["case"]) + width * index for row in shown]
+            panel.bar(places, [row["rate"] for row in shown], width, label=system)
+        panel.set(title=f"{direction}, {results['gpu']}", ylabel=unit)
         panel.set_xticks([n + 0.4 for n in range(len(cases))], cases, rotation=30, ha="right")
-    panels[0].legend()
+        panel.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

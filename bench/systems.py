@@ -1,4 +1,4 @@
-"""Ours and its peers behind one signature: attention over [B, T, H, D]."""
+"""Ours and its peers behind one signature: attention as a function of the tensors of a case."""
 
 import inspect
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn as typed_varlen_attn
 
 import kernels
-from tests.cases import AttentionCase
+from tests.cases import AttentionCase, LatentCase
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
 varlen_attn: Callable[..., Any] = typed_varlen_attn  # its keywords vary with the version
 
 
@@ -102,3 +102,26 @@ if torch.cuda.is_available():
 else:
     SYSTEMS["sdpa math"] = lambda case: sdpa(case, SDPBackend.MATH)
 SYSTEMS["eager"] = eager
+
+
+def system(name: str, case: AttentionCase | LatentCase) -> Attention | None:
+    """A system for a case, or None if it does not serve it; peers get MLA's heads joined."""
+    if isinstance(case, AttentionCase):
+        return SYSTEMS[name](case)
+    attend = SYSTEMS[name](case.joined)
+    if attend is None:
+        return None
+    if name in ("ours", "eager"):
+        impl: Any = "triton" if name == "ours" else "eager"
+        return lambda *tensors: kernels.latent_attention(
+            *tensors, window_size=case.window_size, impl=impl
+        )
+    return lambda *tensors: attend(*join(*tensors))
+
+
+def join(
+    q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MLA's parts as the q, k and v of plain attention, the rope key copied to every head."""
+    k_rope = k_rope[:, :, None].expand_as(q_rope)
+    return torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1), v

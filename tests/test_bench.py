@@ -12,7 +12,7 @@ import torch
 
 from bench import costs, resources, results
 from kernels.reference import visible
-from tests.cases import AttentionCase
+from tests.cases import AttentionCase, DecodeCase, LatentCase
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +42,8 @@ def test_flops_are_two_products_forward_and_five_backward():
     case = AttentionCase("x", batch=2, q_tokens=8, q_heads=3, width=16, v_width=32, causal=False)
     assert costs.flops(case, "forward") == 2 * 3 * 64 * 2 * (16 + 32)
     assert costs.flops(case, "backward") == 2.5 * costs.flops(case, "forward")
+    latent = LatentCase("x", 2, 8, heads=3, nope=12, rope=4, v_width=32, causal=False)
+    assert costs.flops(latent, "forward") == costs.flops(case, "forward")
 
 
 def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
@@ -66,7 +68,7 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
 
 
 GOOD_ROW = resources.Row(
-    arch=90, kernel="dq", dtype="bfloat16", width=64, block_m=64, block_n=64, num_warps=4,
+    arch=90, kernel="dq", dtype="bfloat16", width="64", block_m=64, block_n=64, num_warps=4,
     num_stages=2, registers=150, spill_bytes=0, shared_bytes=49152, ctas_per_sm=3,
     instructions=dict.fromkeys(resources.INSTRUCTIONS, 1), warnings=(),
 )  # fmt: skip
@@ -85,26 +87,41 @@ GOOD_ROW = resources.Row(
 )
 def test_a_tile_with_a_fault_fails_the_report(change, fault, monkeypatch, capsys):
     row = dataclasses.replace(GOOD_ROW, **change)
-    monkeypatch.setattr(resources, "attention_rows", lambda *_: [row])
+    monkeypatch.setattr(resources, "compiled_rows", lambda *_: [row])
     assert resources.main(["--arch", "90"]) == (1 if fault else 0)
     assert (fault or "dq") in capsys.readouterr().out
 
 
+def test_cache_bytes_are_those_of_the_rows_that_are_seen():
+    case = DecodeCase("x", (40, 3), q_heads=6, k_heads=2, v_heads=1, width=16, window_size=10)
+    assert costs.cache_bytes(case) == 2 * (10 + 3) * (2 * 16 + 16)
+    latent = DecodeCase("x", (40, 3), 40, width=24, rope=8, latent=True)
+    assert costs.cache_bytes(latent) == 2 * 43 * 32
+
+
 def test_from_timing_to_table(tmp_path):
     raw = tmp_path / "raw.json"
-    done = python("-m", "pytest", "bench/bench_attention.py", f"--benchmark-json={raw}")
+    files = ["bench/bench_attention.py", "bench/bench_decode.py"]
+    done = python("-m", "pytest", *files, f"--benchmark-json={raw}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert results.main(["collect", str(raw), "--output", str(tmp_path)]) == 0
     collected = json.loads((tmp_path / "no-gpu.json").read_text())
-    assert {(r["direction"], r["system"]) for r in collected["rows"]} == {
-        (direction, system)
-        for direction in ("forward", "backward")
-        for system in ("ours", "sdpa math", "eager")
-    }
-    assert all(r["milliseconds"] > 0 and r["tflops"] > 0 for r in collected["rows"])
+    training = {"ours", "sdpa math", "eager"}
+    decoding = {"ours", "sdpa", "copy"}
+    assert {(r["case"], r["direction"], r["system"], r["unit"]) for r in collected["rows"]} == {
+        *((case, direction, system, "TFLOP/s")
+          for case in ("tiny", "tiny-mla")
+          for direction in ("forward", "backward")
+          for system in training),
+        *((case, "decode", system, "GB/s")
+          for case in ("gqa-9-3-2-40", "mla-9-288+32-2-40")
+          for system in decoding),
+    }  # fmt: skip
+    assert all(r["milliseconds"] > 0 and r["rate"] > 0 for r in collected["rows"])
     readme = tmp_path / "README.md"
     readme.write_text((ROOT / "README.md").read_text())
     for _ in range(2):  # a second table takes the first one's place
         results.main(["render", str(tmp_path / "no-gpu.json"), "--readme", str(readme)])
     assert readme.read_text().count("| tiny | backward |") == 1
+    assert readme.read_text().count("| gqa-9-3-2-40 | decode |") == 1
     assert (tmp_path / "no-gpu.png").read_bytes().startswith(b"\x89PNG")
