@@ -49,7 +49,7 @@ MULTIPROCESSORS = {
     120: Multiprocessor(99 << 10, 100 << 10, 1536),
 }
 # 64 keys, the fewest of a wgmma, have two accumulators of 64 x 256 that leave no register over.
-WITHOUT_WGMMA = {("dkdv", "256")}
+WITHOUT_WGMMA = {("dkdv", "256"), ("dkdv", "128+64")}
 INPUTS = ("q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
 WIDTHS = (64, 0), (96, 0), (128, 0), (256, 0)  # of keys and values, and of keys' rotary part

@@ -56,13 +56,14 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
     assert {(row["arch"], row["kernel"]) for row in rows} == {
         (arch, kernel)
         for arch in (80, 90, 100, 120)
-        for kernel in ("forward", "delta", "dq", "dkdv")
+        for kernel in ("forward", "delta", "dq", "dkdv", "decode")
     }
     for row in rows:
         assert row["spill_bytes"] == 0 and row["ctas_per_sm"] >= 1
         if row["kernel"] != "delta":
+            wgmma = row["arch"] == 90 and row["kernel"] != "decode"  # its rows are too few for it
             assert row["instructions"]["LDGSTS"] > 0
-            assert row["instructions"]["HGMMA" if row["arch"] == 90 else "HMMA"] > 0 or (
+            assert row["instructions"]["HGMMA" if wgmma else "HMMA"] > 0 or (
                 row["instructions"]["UTCHMMA"] > 0
             )
 

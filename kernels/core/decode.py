@@ -198,7 +198,7 @@ def launch_decode(
         HAS_SINKS=sinks is not None,
         PRECISION=dot_precision(q),
         **arguments,
-        **tile.options | {"BLOCK_M": block_m, "maxnreg": 255},  # else ptxas spills to fit one more
+        **tile.options | {"BLOCK_M": block_m},
     )
     o = partial
     if splits > 1:

@@ -1,6 +1,6 @@
 """Launch shapes: a frozen table, chosen with `python -m bench.resources`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread; by default ptxas decides
 
     @property
     def options(self) -> dict[str, Any]:
@@ -26,36 +27,65 @@ class Tile:
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
         }
 
 
 Table = dict[Direction, dict[int, Tile]]  # by direction and widest padded width that a tile serves
 
-DECODE = {  # the most rows of a tile; a launch with fewer takes a smaller one
-    64: Tile(64, 32, 4, 3),
-    128: Tile(32, 32, 4, 3),
-    192: Tile(64, 32, 8, 2),
-    256: Tile(32, 64, 8, 2),
-    320: Tile(16, 64, 4, 2),
-    576: Tile(32, 32, 8, 2),
-}
+
+def roomy(table: dict[int, Tile]) -> dict[int, Tile]:
+    """The same tiles with every register; else ptxas spills a few to fit one more program in."""
+    return {widest: replace(tile, max_registers=255) for widest, tile in table.items()}
+
+
+DECODE = roomy(
+    {  # the most rows of a tile; a launch with fewer takes a smaller one
+        64: Tile(64, 32, 4, 3),
+        128: Tile(32, 32, 4, 3),
+        192: Tile(64, 32, 8, 2),
+        256: Tile(32, 64, 8, 2),
+        320: Tile(16, 32, 4, 3),
+        576: Tile(32, 16, 8, 2),
+    }
+)
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+        "dkdv": {
+            64: Tile(32, 128, 8, 2),
+            96: Tile(16, 64, 8, 1),
+            128: Tile(16, 64, 8, 2),
+            256: Tile(16, 32, 8, 1),
+        },
         "decode": DECODE,
     },
     90: {
         "forward": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dq": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "dkdv": {
+            64: Tile(32, 128, 8, 2),
+            96: Tile(16, 64, 8, 2),
+            128: Tile(16, 128, 8, 2),
+            256: Tile(32, 32, 8, 2),
+        },
         "decode": DECODE,
     },
     100: {
-        "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "forward": {
+            64: Tile(64, 64, 4, 2),
+            96: Tile(64, 64, 4, 2),
+            128: Tile(64, 64, 8, 2),
+            256: Tile(64, 32, 8, 2),
+        },
         "dq": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "dkdv": {
+            64: Tile(32, 128, 8, 2),
+            96: Tile(16, 64, 8, 1),
+            128: Tile(32, 32, 8, 2),
+            256: Tile(32, 32, 8, 2),
+        },
         "decode": DECODE,
     },
     120: {
@@ -66,14 +96,10 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
     },
 }
 SINGLE_PRECISION: Table = {
-    "forward": {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 32, 8, 1)},
-    "dq": {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
-    "dkdv": {64: Tile(16, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
-    "decode": {
-        64: Tile(16, 32, 4, 1),
-        192: Tile(16, 16, 4, 1),
-        576: Tile(16, 16, 8, 1),
-    },
+    "forward": roomy({64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 32, 8, 1)}),
+    "dq": roomy({64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
+    "dkdv": roomy({64: Tile(16, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
+    "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
 }
 INTERPRETER: dict[Direction, Tile] = {
     "forward": Tile(64, 32, 4, 1),
