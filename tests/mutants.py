@@ -31,7 +31,7 @@ MUTANTS = {
                                   "begin + (inner_begin - begin) // BLOCK"),
     "sequences aligned at the start": (PROBLEM, "k_tokens - q_tokens,", "0,"),
     "packed tokens in the next sequence": (PROBLEM, "right=True", "right=False"),
-    "dlse of the wrong sign": (BACKWARD, "delta = -load_vector(dlse_ptr", "delta = load_vector(dlse_ptr"),
+    "dlse of the wrong sign": (BACKWARD, "= -load_vector(dlse_ptr", "= load_vector(dlse_ptr"),
     "delta left out": (PRIMITIVES, "weights * (dweights - delta)", "weights * dweights"),
     "dq not scaled": (BACKWARD, "    dq = scale_rows(dq, scale_log2 / LOG2_E)\n", ""),
     "a query head left out of dk": (BACKWARD, "+ 1) * q_per_k)", "+ 1) * q_per_k - 1)"),
