@@ -1,5 +1,6 @@
 """attention(): MHA, GQA and MQA, with windows, packing and sinks."""
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -29,8 +30,8 @@ def _forward(
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batches, tokens, heads, _width = q.shape
-    lse = q.new_empty(batches, heads, tokens, dtype=torch.float32)
-    return q.new_empty(batches, tokens, heads, v.shape[-1]), lse
+    lse_log2 = q.new_empty(batches, heads, tokens, dtype=torch.float32)
+    return q.new_empty(batches, tokens, heads, v.shape[-1]), lse_log2
 
 
 @torch.library.custom_op("smollm_attention::backward", mutates_args=())
@@ -41,9 +42,9 @@ def _backward(
     q_rope: Tensor | None,
     k_rope: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    lse_log2: Tensor,
     do: Tensor,
-    dlse: Tensor,
+    dlse_log2: Tensor,
     cu_seqlens: Tensor | None,
     causal: bool,
     window_size: int | None,
@@ -52,7 +53,7 @@ def _backward(
     from kernels.core.backward import launch_backward
 
     return launch_backward(
-        q, k, v, q_rope, k_rope, o, lse, do, dlse, cu_seqlens, causal, window_size, scale
+        q, k, v, q_rope, k_rope, o, lse_log2, do, dlse_log2, cu_seqlens, causal, window_size, scale
     )
 
 
@@ -64,17 +65,17 @@ def _(
     q_rope: Tensor | None,
     k_rope: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    lse_log2: Tensor,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dq_rope, dk_rope = (
         q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
     )
-    return dq, dk, dv, dq_rope, dk_rope, torch.empty_like(lse)
+    return dq, dk, dv, dq_rope, dk_rope, torch.empty_like(lse_log2)
 
 
 class _AttentionFunction(torch.autograd.Function):
-    """o and lse [B, HQ, Tq]; keeps the inputs, o and lse for the backward."""
+    """o and its base-2 lse [B, HQ, Tq]; keeps the inputs and both for the backward."""
 
     @staticmethod
     def forward(
@@ -90,19 +91,24 @@ class _AttentionFunction(torch.autograd.Function):
         window_size: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        o, lse = _forward(q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale)
-        ctx.save_for_backward(q, k, v, q_rope, k_rope, o, lse, sinks, cu_seqlens)
+        o, lse_log2 = _forward(
+            q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale
+        )
+        ctx.save_for_backward(q, k, v, q_rope, k_rope, o, lse_log2, sinks, cu_seqlens)
         ctx.arguments = causal, window_size, scale
-        return o, lse
+        return o, lse_log2
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, o, lse, sinks, cu_seqlens = ctx.saved_tensors
-        *gradients, delta = _backward(*inputs, o, lse, do, dlse, cu_seqlens, *ctx.arguments)
+    def backward(ctx: Any, do: Tensor, dlse_log2: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, o, lse_log2, sinks, cu_seqlens = ctx.saved_tensors
+        *gradients, delta = _backward(
+            *inputs, o, lse_log2, do, dlse_log2, cu_seqlens, *ctx.arguments
+        )
         present = (d if x is not None else None for x, d in zip(inputs, gradients, strict=True))
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[5]:  # -P_sink delta, summed over queries
-            weights = torch.exp(sinks.float()[:, None] - lse)  # [B, HQ, Tq]
+            sinks_log2 = sinks.float() * math.log2(math.e)
+            weights = torch.exp2(sinks_log2[:, None] - lse_log2)  # [B, HQ, Tq]
             dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
         return *present, dsinks, None, None, None, None
 
@@ -120,14 +126,14 @@ def fused_attention(
     window_size: int | None = None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The attention core with its gradients: o [B, Tq, HQ, D_V] and lse [B, HQ, Tq].
+    """The attention core with its gradients: o [B, Tq, HQ, D_V], base-2 lse [B, HQ, Tq].
 
     Arguments as in `attention` and, for the rotary parts, in `latent_attention`.
     """
-    o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
+    o, lse_log2 = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
         q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale
     )
-    return o, lse
+    return o, lse_log2
 
 
 @overload
@@ -222,7 +228,7 @@ def attention(
         sinks=sinks,
     )
     if checks.implementation(impl, {"q": q, "k": k, "v": v}) == "triton":
-        o, lse = fused_attention(
+        o, lse_log2 = fused_attention(
             q,
             k,
             v,
@@ -232,7 +238,7 @@ def attention(
             window_size=window_size,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
         )
-        return (o, lse.transpose(1, 2)) if return_lse else o
+        return (o, math.log(2) * lse_log2.transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(
         q,
         k,

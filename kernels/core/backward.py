@@ -35,7 +35,7 @@ DELTA_ELEMENTS = 4096  # of a tile
 
 @triton.jit(do_not_specialize=["q_tokens"])
 def delta_kernel(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, o_strides, do_strides,
+    o_ptr, do_ptr, lse_log2_ptr, dlse_log2_ptr, delta_ptr, o_strides, do_strides,
     batches, q_heads, q_tokens, D_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = <do, o> - dlse for BLOCK_M queries of one head, 0 where a query sees no key.
@@ -48,13 +48,13 @@ def delta_kernel(
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
     o = load_rows(o_matrix, start, BLOCK_M, D_V, True)
     do = load_rows(do_matrix, start, BLOCK_M, D_V, True)
-    dlse_ptr = at_row_vector(dlse_ptr, batch, head, q_heads, q_tokens)
-    lse_ptr = at_row_vector(lse_ptr, batch, head, q_heads, q_tokens)
-    lse = load_vector(lse_ptr, start, q_tokens, BLOCK_M, True)
-    delta = -load_vector(dlse_ptr, start, q_tokens, BLOCK_M, True)
+    dlse_log2_ptr = at_row_vector(dlse_log2_ptr, batch, head, q_heads, q_tokens)
+    lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
+    lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M, True)
+    delta = -load_vector(dlse_log2_ptr, start, q_tokens, BLOCK_M, True) * LOG2_E
     for part in tl.static_range(len(o)):
         delta += tl.sum(o[part].to(tl.float32) * do[part].to(tl.float32), 1)
-    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    delta = tl.where(lse_log2 == float("-inf"), 0.0, delta)
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
     store_vector(delta_ptr, delta, start, q_tokens, BLOCK_M)
 
@@ -81,7 +81,7 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, do_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, do_ptr, lse_log2_ptr, delta_ptr,
     dq_ptr, dq_rope_ptr, bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, do_strides,
     dq_strides, dq_rope_strides,
@@ -103,12 +103,12 @@ def dq_kernel(
     q_matrix = head_matrix(q_ptr, q_strides, batch, head, q_tokens)
     q_rope_matrix = head_matrix(q_rope_ptr, q_rope_strides, batch, head, q_tokens)
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
-    lse_ptr = at_row_vector(lse_ptr, batch, head, q_heads, q_tokens)
+    lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
     queries = (
         load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE, True),
         load_rows(do_matrix, start, BLOCK_M, D_V, True),
-        load_vector(lse_ptr, start, q_tokens, BLOCK_M, True) * LOG2_E,
+        load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M, True),
         load_vector(delta_ptr, start, q_tokens, BLOCK_M, True),
     )
     keys = (
@@ -135,14 +135,14 @@ def _key_gradients(
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the share of the queries [begin, stop) to dk / scale and dv of a tile of keys."""
-    q_matrix, q_rope_matrix, do_matrix, lse_ptr, delta_ptr = queries
+    q_matrix, q_rope_matrix, do_matrix, lse_log2_ptr, delta_ptr = queries
     q_tokens = q_matrix[2]
     for start in range(begin, stop, BLOCK_M):
         q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE, MASKED)
         do = load_rows(do_matrix, start, BLOCK_M, D_V, MASKED)
         scores = inner_products(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
         seen = meets(first, end, start, BLOCK_M) if MASKED else None
-        lse_log2 = load_vector(lse_ptr, start, q_tokens, BLOCK_M, MASKED) * LOG2_E
+        lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M, MASKED)
         weights = softmax_weights(scores, lse_log2[None, :], scale_log2, seen, MASKED)
         dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
         dweights = inner_products(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -153,7 +153,7 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, do_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, do_ptr, lse_log2_ptr, delta_ptr,
     dk_ptr, dv_ptr, dk_rope_ptr, bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, do_strides,
     dk_strides, dv_strides, dk_rope_strides,
@@ -188,7 +188,7 @@ def dkdv_kernel(
                     head_matrix(q_ptr, q_strides, batch, q_head, q_tokens),
                     head_matrix(q_rope_ptr, q_rope_strides, batch, q_head, q_tokens),
                     head_matrix(do_ptr, do_strides, batch, q_head, q_tokens),
-                    at_row_vector(lse_ptr, batch, q_head, q_heads, q_tokens),
+                    at_row_vector(lse_log2_ptr, batch, q_head, q_heads, q_tokens),
                     at_row_vector(delta_ptr, batch, q_head, q_heads, q_tokens),
                 )
                 dk, dv = _key_gradients(
@@ -210,9 +210,9 @@ def launch_backward(
     q_rope: Tensor | None,
     k_rope: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    lse_log2: Tensor,
     do: Tensor,
-    dlse: Tensor,
+    dlse_log2: Tensor,
     cu_seqlens: Tensor | None,
     causal: bool,
     window_size: int | None,
@@ -220,14 +220,14 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, and delta [B, HQ, Tq].
 
-    lse and dlse are [B, HQ, Tq]; the gradients of absent rotary parts are empty.
+    lse_log2 and its gradient are [B, HQ, Tq]; the gradients of absent rotary parts are empty.
     """
     if do.stride(-1) != 1:  # as that of o.sum(), expanded from one number
         do = do.contiguous()
     dq, dk, dv, dq_rope, dk_rope = (
         q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
     )
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse_log2)
     if q.numel() == 0 or k.numel() == 0:
         gradients = (x.zero_() for x in (dq, dk, dv, dq_rope, dk_rope, delta))
         return tuple(gradients)  # type: ignore[return-value]
@@ -239,8 +239,8 @@ def launch_backward(
     delta_kernel[(triton.cdiv(q_tokens, delta_rows) * batches * q_heads,)](
         o_ptr=o,
         do_ptr=do,
-        lse_ptr=lse,
-        dlse_ptr=dlse.contiguous(),
+        lse_log2_ptr=lse_log2,
+        dlse_log2_ptr=dlse_log2.contiguous(),
         delta_ptr=delta,
         o_strides=o.stride(),
         do_strides=do.stride(),
@@ -253,7 +253,7 @@ def launch_backward(
     arguments |= {
         "do_ptr": do,
         "do_strides": do.stride(),
-        "lse_ptr": lse,
+        "lse_log2_ptr": lse_log2,
         "delta_ptr": delta,
     }
     tile = tiles.choose("dq", q, tile_width(arguments))

@@ -50,14 +50,14 @@ def attend(
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_ptr, sinks_ptr, bounds_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_log2_ptr, sinks_ptr, bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, o_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SINKS: tl.constexpr, IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o = softmax(scale q k^T) v, and its lse, for BLOCK_M queries of one head.
+    """o = softmax(scale q k^T) v, and its base-2 lse, for BLOCK_M queries of one head.
 
     Grid: (query tiles * B * HQ,), the last queries, who see the most keys, first.
     """
@@ -91,9 +91,8 @@ def forward_kernel(
     o = scale_rows(o, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
     o_matrix = head_matrix(o_ptr, o_strides, batch, head, q_tokens)
     store_rows(o_matrix, o, start, BLOCK_M, D_V)
-    lse = (row_max_log2 + tl.log2(row_sum)) / LOG2_E
-    lse_ptr = at_row_vector(lse_ptr, batch, head, q_heads, q_tokens)
-    store_vector(lse_ptr, lse, start, q_tokens, BLOCK_M)
+    lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
+    store_vector(lse_log2_ptr, row_max_log2 + tl.log2(row_sum), start, q_tokens, BLOCK_M)
 
 
 def launch_forward(
@@ -108,12 +107,15 @@ def launch_forward(
     window_size: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] in q's type and lse [B, HQ, Tq] in fp32; arguments as `attention`."""
+    """o [B, Tq, HQ, D_V] in q's type and the base-2 lse [B, HQ, Tq] in fp32.
+
+    Arguments as `attention` and, for the rotary parts, `latent_attention`.
+    """
     batches, q_tokens, q_heads, _ = q.shape
     o = q.new_empty(batches, q_tokens, q_heads, v.shape[-1])
-    lse = q.new_empty(batches, q_heads, q_tokens, dtype=torch.float32)
+    lse_log2 = q.new_empty(batches, q_heads, q_tokens, dtype=torch.float32)
     if o.numel() == 0:
-        return o, lse
+        return o, lse_log2
     arguments = attention_arguments(q, k, v, q_rope, k_rope, cu_seqlens, causal, window_size, scale)
     tile = tiles.choose("forward", q, tile_width(arguments))
     grid = (triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,)
@@ -121,9 +123,9 @@ def launch_forward(
         **arguments,
         o_ptr=o,
         o_strides=o.stride(),
-        lse_ptr=lse,
+        lse_log2_ptr=lse_log2,
         sinks_ptr=sinks,
         HAS_SINKS=sinks is not None,
         **tile.options,
     )
-    return o, lse
+    return o, lse_log2
