@@ -22,12 +22,11 @@ mutants:  ## plant faults in a copy of the kernels; the parity tests must catch 
 	python tests/mutants.py
 
 OUT ?= gpu_results
-WORKERS = $(shell python3 -c "import xdist" 2>/dev/null && echo -n 8)
 
 gpu:  ## on a GPU, in under 9 minutes: parity, then the peers; everything lands in $(OUT)
 	mkdir -p $(OUT)
 	-nvidia-smi > $(OUT)/nvidia-smi.txt
-	-timeout -s INT 270 python3 -m pytest -m gpu $(WORKERS) tests/test_attention_gpu.py > $(OUT)/parity.txt 2>&1
+	-timeout -s INT 270 python3 -m pytest -n 8 tests/test_*_gpu.py > $(OUT)/parity.txt 2>&1
 	tail -n 25 $(OUT)/parity.txt
-	-timeout -s INT 250 python3 -m pytest bench/bench_attention.py -rs --benchmark-json=$(OUT)/raw.json > $(OUT)/bench.txt 2>&1
+	-timeout -s INT 250 python3 -m pytest -n 0 bench/bench_*.py -rs --benchmark-json=$(OUT)/raw.json > $(OUT)/bench.txt 2>&1
 	python3 -m bench.results collect $(OUT)/raw.json --output $(OUT)

@@ -8,7 +8,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined, so before an
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     if not torch.cuda.is_available():
         _hasten_the_interpreter()
 

@@ -65,7 +65,7 @@ def survives(folder: Path, file: str, old: str, new: str) -> bool:
         raise ValueError(f"{file}: expected {old!r} once, got it {source.count(old)} times")
     path.write_text(source.replace(old, new))
     tests = [f"tests/test_{name}.py" for name in ("decode", "latent", "attention")]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "test_parity", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-k", "test_parity", *tests]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True)
     finally:

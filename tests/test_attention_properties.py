@@ -36,7 +36,8 @@ def attention_cases(draw):
         v_width=draw(WIDTHS),
         causal=causal,
         window_size=draw(st.none() | st.integers(1, 110)) if causal else None,
-        scale=draw(st.none() | st.floats(0.01, 2)),
+        # Scores of 50 and more lose |lse| eps in any backward that keeps the lse in fp32.
+        scale=draw(st.none() | st.floats(0.01, 0.5)),
         lengths=lengths,
         contiguous=draw(st.booleans()),
     )

@@ -18,10 +18,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(*arguments, **environment):
+    outer = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**outer, **environment},
         capture_output=True,
         text=True,
     )
@@ -61,11 +62,10 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
     for row in rows:
         assert row["spill_bytes"] == 0 and row["ctas_per_sm"] >= 1
         if row["kernel"] != "delta":
-            wgmma = row["arch"] == 90 and row["kernel"] != "decode"  # its rows are too few for it
-            assert row["instructions"]["LDGSTS"] > 0
-            assert row["instructions"]["HGMMA" if wgmma else "HMMA"] > 0 or (
-                row["instructions"]["UTCHMMA"] > 0
-            )
+            wgmma = row["arch"] == 90 and row["block_m"] >= 32  # fewer rows are too few for it
+            used = {name for name, count in row["instructions"].items() if count}
+            assert "LDGSTS" in used
+            assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
 
 
 GOOD_ROW = resources.Row(
@@ -103,7 +103,7 @@ def test_cache_bytes_are_those_of_the_rows_that_are_seen():
 def test_from_timing_to_table(tmp_path):
     raw = tmp_path / "raw.json"
     files = ["bench/bench_attention.py", "bench/bench_decode.py"]
-    done = python("-m", "pytest", *files, f"--benchmark-json={raw}")
+    done = python("-m", "pytest", "-n", "0", *files, f"--benchmark-json={raw}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert results.main(["collect", str(raw), "--output", str(tmp_path)]) == 0
     collected = json.loads((tmp_path / "no-gpu.json").read_text())
