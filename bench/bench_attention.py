@@ -1,4 +1,6 @@
-"""Training against its peers: `python -m pytest -n 0 bench/bench_attention.py --benchmark-json=FILE`.
+"""Training against its peers.
+
+Run with `python -m pytest -n 0 bench/bench_attention.py --benchmark-json=FILE`.
 
 Every system is checked against fp64 before it is timed, and a wrong one has no number. Times are
 the GPU's, L2 flushed before each round; the systems of a case take turns, several times over.

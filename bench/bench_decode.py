@@ -1,4 +1,6 @@
-"""Decoding at the memory's speed: `python -m pytest -n 0 bench/bench_decode.py --benchmark-json=FILE`.
+"""Decoding at the memory's speed.
+
+Run with `python -m pytest -n 0 bench/bench_decode.py --benchmark-json=FILE`.
 
 One token per sequence against a full cache, in GB/s of the rows that ours must read. "copy" is
 the same bytes copied, whose rate is the measured bandwidth. SDPA reads the cache of the same
