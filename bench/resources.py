@@ -145,7 +145,7 @@ def attention_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> 
     k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
     with compiling(arch) as rows:
         o, lse = launch_forward(q, k, v, q_rope, k_rope, None, None, True, 1024, scale)
-        launch_backward(q, k, v, q_rope, k_rope, o, lse, o, lse, None, True, 1024, scale)
+        launch_backward(q, k, v, q_rope, k_rope, o, lse, o, lse, None, True, 1024, scale, False)
     return rows
 
 

@@ -10,7 +10,7 @@ from kernels import checks, reference
 
 
 @torch.library.custom_op("smollm_attention::forward", mutates_args=())
-def _forward(
+def core_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,12 +22,13 @@ def _forward(
     window_size: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, Tq]; arguments as `fused_attention`."""
     from kernels.core.forward import launch_forward
 
     return launch_forward(q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale)
 
 
-@_forward.register_fake
+@core_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batches, tokens, heads, _width = q.shape
     lse_log2 = q.new_empty(batches, heads, tokens, dtype=torch.float32)
@@ -35,7 +36,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("smollm_attention::backward", mutates_args=())
-def _backward(
+def core_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -49,15 +50,30 @@ def _backward(
     causal: bool,
     window_size: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_excess: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dq_rope, dk_rope, delta = <do, o> - dlse, and excess = sum_j dS [B, HQ, Tq]."""
     from kernels.core.backward import launch_backward
 
     return launch_backward(
-        q, k, v, q_rope, k_rope, o, lse_log2, do, dlse_log2, cu_seqlens, causal, window_size, scale
+        q,
+        k,
+        v,
+        q_rope,
+        k_rope,
+        o,
+        lse_log2,
+        do,
+        dlse_log2,
+        cu_seqlens,
+        causal,
+        window_size,
+        scale,
+        with_excess,
     )
 
 
-@_backward.register_fake
+@core_backward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -66,12 +82,14 @@ def _(
     k_rope: Tensor | None,
     o: Tensor,
     lse_log2: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_excess = rest[-1]
     dq, dk, dv, dq_rope, dk_rope = (
         q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
     )
-    return dq, dk, dv, dq_rope, dk_rope, torch.empty_like(lse_log2)
+    excess = torch.empty_like(lse_log2) if with_excess else lse_log2.new_empty((0,) * 3)
+    return dq, dk, dv, dq_rope, dk_rope, torch.empty_like(lse_log2), excess
 
 
 class _AttentionFunction(torch.autograd.Function):
@@ -91,7 +109,7 @@ class _AttentionFunction(torch.autograd.Function):
         window_size: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        o, lse_log2 = _forward(
+        o, lse_log2 = core_forward(
             q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale
         )
         ctx.save_for_backward(q, k, v, q_rope, k_rope, o, lse_log2, sinks, cu_seqlens)
@@ -101,8 +119,8 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse_log2: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, o, lse_log2, sinks, cu_seqlens = ctx.saved_tensors
-        *gradients, delta = _backward(
-            *inputs, o, lse_log2, do, dlse_log2, cu_seqlens, *ctx.arguments
+        *gradients, delta, _ = core_backward(
+            *inputs, o, lse_log2, do, dlse_log2, cu_seqlens, *ctx.arguments, False
         )
         present = (d if x is not None else None for x, d in zip(inputs, gradients, strict=True))
         dsinks = None

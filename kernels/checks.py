@@ -221,14 +221,6 @@ def implementation(
     return "triton"
 
 
-def eager_only(impl: str) -> None:
-    """Resolve `impl` for an op that has no fused kernel yet."""
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
-    if impl == "triton":
-        raise NotImplementedError("impl: expected 'auto' or 'eager' (no fused kernel yet)")
-
-
 def _interpreting() -> bool:
     """Whether Triton runs its interpreter on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

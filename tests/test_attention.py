@@ -187,9 +187,11 @@ def test_opcheck(rotary):
     torch.library.opcheck(ops.forward.default, (*inputs, sinks, cu_seqlens, *arguments))
     o, lse = ops.forward(*inputs, sinks, cu_seqlens, *arguments)
     gradients = torch.randn_like(o), torch.randn_like(lse)
-    torch.library.opcheck(
-        ops.backward.default, (*inputs, o, lse, *gradients, cu_seqlens, *arguments)
-    )
+    for with_excess in (False, True):
+        torch.library.opcheck(
+            ops.backward.default,
+            (*inputs, o, lse, *gradients, cu_seqlens, *arguments, with_excess),
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -10,6 +10,7 @@ from kernels.core.primitives import (
     LOG2_E,
     accumulate,
     at_row_vector,
+    cast,
     head_matrix,
     inner_products,
     load_joint_rows,
@@ -61,11 +62,12 @@ def delta_kernel(
 
 @triton.jit
 def _query_gradient(
-    dq, queries, keys, begin, stop, first, end, scale_log2,
+    state, queries, keys, begin, stop, first, end, scale_log2,
     BLOCK_N: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_EXCESS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of the keys [begin, stop) to dq / scale of a tile of queries."""
+    """Add the share of the keys [begin, stop) to (dq / scale, excess) of a tile of queries."""
+    dq, excess = state
     q, do, lse_log2, delta = queries
     k_matrix, k_rope_matrix, v_matrix = keys
     for start in range(begin, stop, BLOCK_N):
@@ -75,23 +77,28 @@ def _query_gradient(
         dweights = inner_products(do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
         seen = meets(first, end, start, BLOCK_N) if MASKED else None
         weights = softmax_weights(scores, lse_log2[:, None], scale_log2, seen, MASKED)
-        dq = accumulate(score_gradient(weights, dweights, delta[:, None]), k, dq, PRECISION)
-    return dq
+        dscores = cast(score_gradient(weights, dweights, delta[:, None]), k[0].dtype)
+        dq = accumulate(dscores, k, dq, PRECISION)
+        if HAS_EXCESS:
+            excess += tl.sum(dscores.to(tl.float32), 1)
+    return dq, excess
 
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, do_ptr, lse_log2_ptr, delta_ptr,
-    dq_ptr, dq_rope_ptr, bounds_ptr,
+    dq_ptr, dq_rope_ptr, excess_ptr, bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, do_strides,
     dq_strides, dq_rope_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXCESS: tl.constexpr, IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale dS k for BLOCK_M queries of one head, where dS = P (do v^T - delta).
 
+    A row of dS sums to 0 but for rounding; that excess is wanted where all keys have a part in
+    common, which multiplies it.
     Grid: (query tiles * B * HQ,), the last queries, who see the most keys, first.
     """
     tile, batch, head = locate_program(batches, q_heads)
@@ -116,16 +123,20 @@ def dq_kernel(
         head_matrix(k_rope_ptr, k_rope_strides, batch, 0, k_tokens),
         head_matrix(v_ptr, v_strides, batch, head * v_heads // q_heads, k_tokens),
     )
-    dq = zero_joint_rows(BLOCK_M, D_QK, D_ROPE)
+    state = zero_joint_rows(BLOCK_M, D_QK, D_ROPE), tl.zeros([BLOCK_M], tl.float32)
     for phase in tl.static_range(3):  # left edge, interior, diagonal
-        dq = _query_gradient(
-            dq, queries, keys, bounds[phase], bounds[phase + 1], first, end, scale_log2,
-            BLOCK_N, D_QK, D_V, D_ROPE, PRECISION, MASKED=phase != 1,
+        state = _query_gradient(
+            state, queries, keys, bounds[phase], bounds[phase + 1], first, end, scale_log2,
+            BLOCK_N, D_QK, D_V, D_ROPE, HAS_EXCESS, PRECISION, MASKED=phase != 1,
         )  # fmt: skip
+    dq, excess = state
     dq = scale_rows(dq, scale_log2 / LOG2_E)
     dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, q_tokens)
     dq_rope_matrix = head_matrix(dq_rope_ptr, dq_rope_strides, batch, head, q_tokens)
     store_joint_rows(dq_matrix, dq_rope_matrix, dq, start, BLOCK_M, D_QK, D_ROPE)
+    if HAS_EXCESS:
+        excess_ptr = at_row_vector(excess_ptr, batch, head, q_heads, q_tokens)
+        store_vector(excess_ptr, excess, start, q_tokens, BLOCK_M)
 
 
 @triton.jit
@@ -217,10 +228,12 @@ def launch_backward(
     causal: bool,
     window_size: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, and delta [B, HQ, Tq].
+    with_excess: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, delta and excess [B, HQ, Tq].
 
-    lse_log2 and its gradient are [B, HQ, Tq]; the gradients of absent rotary parts are empty.
+    lse_log2 and its gradient are [B, HQ, Tq]; the gradients of absent rotary parts are empty, and
+    so is excess, what rounding makes of sum_j dS_ij = 0, unless asked for.
     """
     if do.stride(-1) != 1:  # as that of o.sum(), expanded from one number
         do = do.contiguous()
@@ -228,8 +241,9 @@ def launch_backward(
         q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
     )
     delta = torch.empty_like(lse_log2)
+    excess = torch.empty_like(lse_log2) if with_excess else lse_log2.new_empty((0,) * 3)
     if q.numel() == 0 or k.numel() == 0:
-        gradients = (x.zero_() for x in (dq, dk, dv, dq_rope, dk_rope, delta))
+        gradients = (x.zero_() for x in (dq, dk, dv, dq_rope, dk_rope, delta, excess))
         return tuple(gradients)  # type: ignore[return-value]
     arguments = attention_arguments(q, k, v, q_rope, k_rope, cu_seqlens, causal, window_size, scale)
     batches, q_tokens, q_heads, _ = q.shape
@@ -263,6 +277,8 @@ def launch_backward(
         dq_strides=dq.stride(),
         dq_rope_ptr=dq_rope,
         dq_rope_strides=dq_rope.stride(),
+        excess_ptr=excess,
+        HAS_EXCESS=with_excess,
         **tile.options,
     )
     shape = batches, k_tokens, k_heads, arguments["D_ROPE"]
@@ -280,4 +296,4 @@ def launch_backward(
     )
     if k_rope is not None:
         dk_rope.copy_(shares.sum(2))
-    return dq, dk, dv, dq_rope, dk_rope, delta
+    return dq, dk, dv, dq_rope, dk_rope, delta, excess

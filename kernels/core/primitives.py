@@ -20,7 +20,7 @@ def dot(a, b, accumulator=None, PRECISION: tl.constexpr = "ieee"):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """x in a type of the inputs, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would cut the low bits off
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:  # else it would cut bits off
         bits = x.to(tl.uint32, bitcast=True)
         x = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -251,14 +251,18 @@ def phases(begin, inner_begin, inner_end, end, BLOCK: tl.constexpr):
 def plan_tiles(
     start, tokens, reach,
     BLOCK: tl.constexpr, PARTNER_BLOCK: tl.constexpr, IS_VARLEN: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
 ):  # fmt: skip
     """`phases` of the partners of the tokens start, ..., start + BLOCK - 1.
 
-    Every token meets all partners of the interior; the right edge is the diagonal.
+    Every token meets all partners of the interior; the right edge is the diagonal. ALIGNED tiles
+    start at multiples of their size.
     """
     last = tl.minimum(start + BLOCK, tokens) - 1
     begin, inner_end = partner_range(start, reach, IS_VARLEN)
     inner_begin, end = partner_range(last, reach, IS_VARLEN)
+    if ALIGNED:
+        begin = begin // PARTNER_BLOCK * PARTNER_BLOCK
     return phases(begin, inner_begin, inner_end, end, PARTNER_BLOCK)
 
 

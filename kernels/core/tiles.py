@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Direction = Literal["forward", "dq", "dkdv", "decode"]
+Direction = Literal["forward", "dq", "dkdv", "decode", "fitness"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ DECODE = roomy(
         576: Tile(32, 16, 8, 2),
     }
 )
+FITNESS = {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 8, 1)}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -60,6 +61,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(16, 32, 8, 1),
         },
         "decode": DECODE,
+        "fitness": FITNESS,
     },
     90: {
         "forward": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -71,6 +73,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
+        "fitness": FITNESS,
     },
     100: {
         "forward": {
@@ -87,12 +90,14 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
+        "fitness": FITNESS,
     },
     120: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
         "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
         "decode": DECODE,
+        "fitness": FITNESS,
     },
 }
 SINGLE_PRECISION: Table = {
@@ -100,12 +105,14 @@ SINGLE_PRECISION: Table = {
     "dq": roomy({64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "dkdv": roomy({64: Tile(16, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
+    "fitness": FITNESS,
 }
 INTERPRETER: dict[Direction, Tile] = {
     "forward": Tile(64, 32, 4, 1),
     "dq": Tile(32, 64, 4, 1),
     "dkdv": Tile(32, 64, 4, 1),
     "decode": Tile(16, 32, 4, 1),
+    "fitness": Tile(32, 32, 4, 1),
 }
 
 

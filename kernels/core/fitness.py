@@ -1,0 +1,537 @@
+"""The kernels of gene fitness, forward and backward, and their launchers.
+
+A windowed sum runs over the interval of tokens that `primitives.partner_range` gives, as attention
+does: tiles at its edges are masked, and of those in its interior only the totals are read. Nothing
+is ever subtracted, so no token outside a window changes a bit of its sum.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.core import tiles
+from kernels.core.primitives import (
+    at_row_vector,
+    dot,
+    head_matrix,
+    load_joint_rows,
+    load_rows,
+    load_vector,
+    locate_program,
+    main_width,
+    meets,
+    padded_width,
+    plan_tiles,
+    scale_rows,
+    store_joint_rows,
+    tile_partners,
+    zero_joint_rows,
+)
+from kernels.core.problem import UNLIMITED, sequence_bounds
+
+TOTALS_AT_ONCE = 16
+BITS = tl.constexpr(3)  # bf16 numbers of 8 bits that make up an fp32 number of 24
+
+
+@triton.jit
+def parts(matrix, D_FIRST: tl.constexpr):
+    """A matrix as two, its first D_FIRST columns and the others."""
+    ptr, stride, rows = matrix
+    return matrix, (ptr + D_FIRST, stride, rows)
+
+
+@triton.jit
+def load_parts(
+    matrix, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
+):  # fmt: skip
+    """Rows start, start + 1, ... in fp32: the tiles of the first columns, then of the others."""
+    first, second = parts(matrix, D_FIRST)
+    rows = load_joint_rows(first, second, start, BLOCK, D_FIRST, D_SECOND, True)
+    result = ()
+    for part in tl.static_range(len(rows)):
+        result = result + (rows[part].to(tl.float32),)
+    return result
+
+
+@triton.jit
+def store_parts(
+    matrix, rows, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
+):
+    """Write such rows."""
+    first, second = parts(matrix, D_FIRST)
+    store_joint_rows(first, second, rows, start, BLOCK, D_FIRST, D_SECOND)
+
+
+@triton.jit
+def total_matrix(ptr, batch, head, heads, blocks, D: tl.constexpr):
+    """One head of the contiguous [B, H, blocks, D] totals."""
+    return ptr + (tl.cast(batch, tl.int64) * heads + head) * blocks * D, D, blocks
+
+
+@triton.jit
+def inside_columns(D: tl.constexpr):
+    """Which columns of each tile of rows of D columns are not padding.  # [1, WIDTH] each"""
+    MAIN: tl.constexpr = main_width(D)
+    REST: tl.constexpr = padded_width(D) - MAIN
+    inside = ((tl.arange(0, MAIN) < D)[None, :],)
+    if REST:
+        inside = inside + ((tl.arange(0, REST) < D - MAIN)[None, :],)
+    return inside
+
+
+@triton.jit
+def express(logits):
+    """p = sigmoid(g)."""
+    genes = ()
+    for part in tl.static_range(len(logits)):
+        genes = genes + (tl.sigmoid(logits[part]),)
+    return genes
+
+
+@triton.jit
+def add_rows(a, b):
+    """a + b, tile by tile."""
+    result = ()
+    for part in tl.static_range(len(a)):
+        result = result + (a[part] + b[part],)
+    return result
+
+
+@triton.jit
+def sum_tile(rows):
+    """The sum of a tile's rows.  # [1, WIDTH] each"""
+    total = ()
+    for part in tl.static_range(len(rows)):
+        total = total + (tl.sum(rows[part], 0)[None, :],)
+    return total
+
+
+@triton.jit
+def sum_columns(rows):
+    """The sum of each row.  # [BLOCK]"""
+    total = 0.0
+    for part in tl.static_range(len(rows)):
+        total += tl.sum(rows[part], 1)
+    return total
+
+
+@triton.jit
+def inner_product(a, b):
+    """<a, b> of each row.  # [BLOCK]"""
+    total = 0.0
+    for part in tl.static_range(len(a)):
+        total += tl.sum(a[part] * b[part], 1)
+    return total
+
+
+@triton.jit
+def rotate(rows, cos, sin):
+    """(x1 cos - x2 sin, x2 cos + x1 sin) of rows x whose first and last tiles are x1 and x2."""
+    HALF: tl.constexpr = len(rows) // 2
+    first, second = (), ()
+    for part in tl.static_range(HALF):
+        x1, x2 = rows[part], rows[HALF + part]
+        first = first + (x1 * cos[part] - x2 * sin[part],)
+        second = second + (x2 * cos[part] + x1 * sin[part],)
+    return first + second
+
+
+@triton.jit
+def load_table(ptr, start, tokens, BLOCK: tl.constexpr, D_FIRST: tl.constexpr):
+    """Rows of a contiguous rotary table [T, D / 2]."""
+    return load_rows((ptr, D_FIRST, tokens), start, BLOCK, D_FIRST, True)
+
+
+@triton.jit
+def add_seen(sums, seen, rows):
+    """sums + seen rows: products with 0 and 1 of parts that lose no bit of the rows."""
+    seen = seen.to(tl.float32).to(tl.bfloat16)  # the interpreter knows no shorter way
+    result = ()
+    for part in tl.static_range(len(rows)):
+        total, rest = sums[part], rows[part]
+        for _ in tl.static_range(BITS):
+            piece = rest.to(tl.bfloat16)
+            total = dot(seen, piece, total)
+            rest -= piece.to(tl.float32)
+        result = result + (total,)
+    return result
+
+
+@triton.jit
+def window_sums(
+    matrix, totals, start, reach, first, end,
+    BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+    IS_VARLEN: tl.constexpr, ARE_GENES: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Sums over the tokens [first, end) that each token of a tile meets.
+
+    Args:
+        matrix: what is summed, of logits their genes.
+        totals: their sums over every BLOCK tokens.
+        start, reach, first, end: the tile, `partner_range`'s argument, and its result.
+    """
+    bounds = plan_tiles(start, matrix[2], reach, BLOCK, BLOCK, IS_VARLEN, ALIGNED=True)
+    sums = zero_joint_rows(BLOCK, D_FIRST, D_SECOND)
+    for side in tl.static_range(2):
+        for other in range(bounds[2 * side], bounds[2 * side + 1], BLOCK):
+            rows = load_parts(matrix, other, BLOCK, D_FIRST, D_SECOND)
+            if ARE_GENES:
+                rows = express(rows)
+            sums = add_seen(sums, meets(first, end, other, BLOCK), rows)
+    interior = totals[0], totals[1], bounds[2] // BLOCK
+    for block in range(bounds[1] // BLOCK, bounds[2] // BLOCK, TOTALS_AT_ONCE):
+        rows = load_parts(interior, block, TOTALS_AT_ONCE, D_FIRST, D_SECOND)
+        sums = add_rows(sums, sum_tile(rows))
+    return sums
+
+
+@triton.jit
+def closed_form(u, logits, inside, HAS_ENVIRONMENT: tl.constexpr):
+    """gamma = u eps / sum_D u eps, with eps = sigmoid(logits), or 1 without an environment.
+
+    eps is taken times exp(-c), c = min(0, max_D logits), or all of a row might underflow.
+    """
+    if HAS_ENVIRONMENT:
+        most = tl.max(tl.where(inside[0], logits[0], float("-inf")), 1)
+        for part in tl.static_range(1, len(logits)):
+            most = tl.maximum(most, tl.max(tl.where(inside[part], logits[part], float("-inf")), 1))
+        c = tl.minimum(most[:, None], 0.0)
+    weights = ()
+    for part in tl.static_range(len(u)):
+        weight = u[part]
+        if HAS_ENVIRONMENT:
+            weight /= tl.exp(c) + tl.exp(c - logits[part])
+        weights = weights + (tl.where(inside[part], weight, 0.0),)
+    return scale_rows(weights, 1.0 / sum_columns(weights)[:, None])
+
+
+@triton.jit
+def window_fitness(
+    g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
+    BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """gamma, u, the logits of eps and n of a tile, whose windows reach `behind` tokens back."""
+    tokens = g_matrix[2]
+    reach = tokens, 0, behind, 0, bounds_ptr
+    first, end = tile_partners(start, tokens, reach, BLOCK, IS_VARLEN)
+    sums = window_sums(
+        g_matrix, totals, start, reach, first, end,
+        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, True, TOTALS_AT_ONCE,
+    )  # fmt: skip
+    population = (end - first).to(tl.float32)[:, None]
+    u = ()
+    for part in tl.static_range(len(sums)):
+        u = u + (1.0 / (sums[part] / population + 0.5),)
+    logits = None
+    if HAS_ENVIRONMENT:
+        logits = load_parts(logits_matrix, start, BLOCK, D_FIRST, D_SECOND)
+    inside = inside_columns(D_FIRST)
+    if D_SECOND:
+        inside = inside + inside_columns(D_SECOND)
+    gamma = closed_form(u, logits, inside, HAS_ENVIRONMENT)
+    return gamma, u, logits, population
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def totals_kernel(
+    g_ptr, totals_ptr, g_strides, batches, heads, tokens, blocks,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum of the genes of BLOCK tokens of one head.
+
+    Grid: (blocks * B * H,).
+    """
+    block, batch, head = locate_program(batches, heads)
+    g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
+    genes = express(load_parts(g_matrix, block * BLOCK, BLOCK, D_FIRST, D_SECOND))
+    totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
+    store_parts(totals, sum_tile(genes), block, 1, D_FIRST, D_SECOND)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
+def fitness_kernel(
+    g_ptr, logits_ptr, pressure_ptr, cos_ptr, sin_ptr, totals_ptr, bounds_ptr, q_ptr, k_ptr,
+    g_strides, logits_strides, q_strides, k_strides,
+    batches, heads, tokens, blocks, behind, scale,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
+    TOTALS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """gamma = u eps / sum_D u eps for BLOCK tokens of one head, where u = 1 / (phi + 1/2).
+
+    For a selection q = R(kappa scale gamma) and k = R(p), else q = gamma. Rows have D_FIRST +
+    D_SECOND columns, two halves where they are rotated, else D_SECOND = 0.
+    Grid: (blocks * B * H,).
+    """
+    block, batch, head = locate_program(batches, heads)
+    start = block * BLOCK
+    g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
+    logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
+    totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
+    q, _, _, _ = window_fitness(
+        g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
+        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, TOTALS_AT_ONCE,
+    )  # fmt: skip
+    if SELECTS:
+        q = scale_rows(q, tl.load(pressure_ptr + head).to(tl.float32) * scale)
+        k = express(load_parts(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+        if D_SECOND:
+            cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
+            sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k_matrix = head_matrix(k_ptr, k_strides, batch, head, tokens)
+        store_parts(k_matrix, k, start, BLOCK, D_FIRST, D_SECOND)
+    q_matrix = head_matrix(q_ptr, q_strides, batch, head, tokens)
+    store_parts(q_matrix, q, start, BLOCK, D_FIRST, D_SECOND)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
+def share_kernel(
+    g_ptr, logits_ptr, pressure_ptr, cos_ptr, sin_ptr, totals_ptr, bounds_ptr,
+    dq_ptr, excess_ptr, dlogits_ptr, dpressure_ptr, share_ptr, share_totals_ptr,
+    g_strides, logits_strides, dq_strides, dlogits_strides, share_strides,
+    batches, heads, tokens, blocks, behind, scale,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
+    TOTALS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """What each of BLOCK tokens of one head owes every token of its window: dphi / n.
+
+    dl = gamma (dgamma - <dgamma, gamma>), the logits' gradient sigmoid(-logits) dl, dphi = -u dl.
+    For a selection dgamma = kappa scale R^-1 dq; these tokens' dkappa is scale <R^-1 dq, gamma>.
+    Grid: (blocks * B * H,).
+    """
+    D: tl.constexpr = D_FIRST + D_SECOND
+    block, batch, head = locate_program(batches, heads)
+    start = block * BLOCK
+    g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
+    logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
+    totals = total_matrix(totals_ptr, batch, head, heads, blocks, D)
+    gamma, u, logits, population = window_fitness(
+        g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
+        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, TOTALS_AT_ONCE,
+    )  # fmt: skip
+    dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, tokens)
+    dgamma = load_parts(dq_matrix, start, BLOCK, D_FIRST, D_SECOND)
+    if SELECTS:
+        if D_SECOND:
+            cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
+            sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
+            dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
+        excess_ptr = at_row_vector(excess_ptr, batch, head, heads, tokens)
+        excess = load_vector(excess_ptr, start, tokens, BLOCK, True)
+        genes = express(load_parts(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+        # All scores of a row are much like its token's own, which dS of sum 0 would cancel.
+        dkappa = inner_product(dgamma, gamma) - excess * inner_product(genes, gamma)
+        dpressure_ptr = at_row_vector(dpressure_ptr, batch, head, heads, blocks)
+        tl.store(dpressure_ptr + block, tl.sum(dkappa, 0) * scale)
+        dgamma = scale_rows(dgamma, tl.load(pressure_ptr + head).to(tl.float32) * scale)
+    mean = inner_product(dgamma, gamma)[:, None]
+    share, dlogits = (), ()
+    for part in tl.static_range(len(gamma)):
+        dl = gamma[part] * (dgamma[part] - mean)
+        share = share + (-u[part] * dl / population,)
+        if HAS_ENVIRONMENT:
+            dlogits = dlogits + (tl.sigmoid(-logits[part]) * dl,)
+    share_matrix = head_matrix(share_ptr, share_strides, batch, head, tokens)
+    store_parts(share_matrix, share, start, BLOCK, D_FIRST, D_SECOND)
+    share_totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D)
+    store_parts(share_totals, sum_tile(share), block, 1, D_FIRST, D_SECOND)
+    if HAS_ENVIRONMENT:
+        dlogits_matrix = head_matrix(dlogits_ptr, dlogits_strides, batch, head, tokens)
+        store_parts(dlogits_matrix, dlogits, start, BLOCK, D_FIRST, D_SECOND)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
+def dg_kernel(
+    g_ptr, cos_ptr, sin_ptr, dk_ptr, share_ptr, share_totals_ptr, kin_ptr, dg_ptr, bounds_ptr,
+    g_strides, dk_strides, share_strides, kin_strides, dg_strides,
+    batches, heads, tokens, blocks, behind,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    ARE_KIN: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
+    TOTALS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """dg = p (1 - p) dp for BLOCK tokens of one head, plus the gradient of their kin's eps.
+
+    dp sums the shares of all tokens whose windows hold these; for a selection it gains R^-1 dk.
+    Grid: (blocks * B * H,).
+    """
+    block, batch, head = locate_program(batches, heads)
+    start = block * BLOCK
+    reach = tokens, 0, 0, behind, bounds_ptr  # a window looks back, its gradient ahead
+    first, end = tile_partners(start, tokens, reach, BLOCK, IS_VARLEN)
+    share_matrix = head_matrix(share_ptr, share_strides, batch, head, tokens)
+    totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
+    dp = window_sums(
+        share_matrix, totals, start, reach, first, end,
+        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, False, TOTALS_AT_ONCE,
+    )  # fmt: skip
+    if SELECTS:
+        dk = load_parts(
+            head_matrix(dk_ptr, dk_strides, batch, head, tokens), start, BLOCK, D_FIRST, D_SECOND
+        )
+        if D_SECOND:
+            cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
+            sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
+            dk = rotate(dk, cos, scale_rows(sin, -1.0))
+        dp = add_rows(dp, dk)
+    g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
+    genes = express(load_parts(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+    dg = ()
+    for part in tl.static_range(len(dp)):
+        dg = dg + (dp[part] * genes[part] * (1.0 - genes[part]),)
+    if ARE_KIN:
+        kin_matrix = head_matrix(kin_ptr, kin_strides, batch, head, tokens)
+        dg = add_rows(dg, load_parts(kin_matrix, start, BLOCK, D_FIRST, D_SECOND))
+    dg_matrix = head_matrix(dg_ptr, dg_strides, batch, head, tokens)
+    store_parts(dg_matrix, dg, start, BLOCK, D_FIRST, D_SECOND)
+
+
+def launch_fitness(
+    g: Tensor,
+    e: Tensor | None,
+    pressure: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window_size: int,
+    environment: str,
+) -> tuple[Tensor, Tensor]:
+    """q and k of a selection, [B, T, H, D] in g's type; without a pressure gamma in fp32, and no k.
+
+    Arguments as `genetic_attention`.
+    """
+    q = g.new_empty(g.shape, dtype=torch.float32 if pressure is None else g.dtype)
+    k = g.new_empty((0,) * 4 if pressure is None else g.shape)
+    if g.numel() == 0:
+        return q, k
+    grid, rows = _row_arguments(g, cos, sin, cu_seqlens, window_size, pressure is not None)
+    fitness_kernel[grid](
+        **rows,
+        **_window_arguments(grid, rows, g, e, pressure, environment),
+        q_ptr=q,
+        q_strides=q.stride(),
+        k_ptr=k,
+        k_strides=k.stride(),
+    )
+    return q, k
+
+
+def launch_fitness_backward(
+    g: Tensor,
+    e: Tensor | None,
+    pressure: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dq: Tensor,
+    dk: Tensor | None,
+    excess: Tensor | None,
+    window_size: int,
+    environment: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dg, de and dpressure [H] of `launch_fitness`; those of absent inputs are empty."""
+    batches, _, heads, width = g.shape
+    dg = g.new_empty(g.shape)
+    dlogits = g.new_empty((0,) * 4 if environment == "none" else g.shape)
+    if g.numel() == 0:
+        return dg, dlogits, g.new_zeros(heads, dtype=torch.float32)
+    if dq.stride(-1) != 1:  # as that of a sum, expanded from one number
+        dq = dq.contiguous()
+    grid, rows = _row_arguments(g, cos, sin, cu_seqlens, window_size, pressure is not None)
+    blocks = rows["blocks"]
+    dpressures = g.new_empty(batches, heads, blocks, dtype=torch.float32)
+    share = g.new_empty(g.shape, dtype=torch.float32)
+    share_totals = g.new_empty(batches, heads, blocks, width, dtype=torch.float32)
+    share_kernel[grid](
+        **rows,
+        **_window_arguments(grid, rows, g, e, pressure, environment),
+        dq_ptr=dq,
+        dq_strides=dq.stride(),
+        excess_ptr=excess,
+        dlogits_ptr=dlogits,
+        dlogits_strides=dlogits.stride(),
+        dpressure_ptr=dpressures,
+        share_ptr=share,
+        share_strides=share.stride(),
+        share_totals_ptr=share_totals,
+    )
+    dk = share if dk is None else dk  # unread
+    dg_kernel[grid](
+        **rows,
+        dk_ptr=dk,
+        dk_strides=dk.stride(),
+        share_ptr=share,
+        share_strides=share.stride(),
+        share_totals_ptr=share_totals,
+        kin_ptr=dlogits,
+        kin_strides=dlogits.stride(),
+        dg_ptr=dg,
+        dg_strides=dg.stride(),
+        ARE_KIN=environment == "kin",
+    )
+    return dg, dlogits, dpressures.sum((0, 2))
+
+
+def _row_arguments(
+    g: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window_size: int,
+    selects: bool,
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the keyword arguments that all kernels with windows have in common."""
+    batches, tokens, heads, width = g.shape
+    tile = tiles.choose("fitness", g, padded_width(width))
+    blocks = triton.cdiv(tokens, tile.block_m)
+    first = width if cos is None else width // 2
+    return (blocks * batches * heads,), {
+        "g_ptr": g,
+        "g_strides": g.stride(),
+        "cos_ptr": None if cos is None else cos.contiguous(),
+        "sin_ptr": None if sin is None else sin.contiguous(),
+        "bounds_ptr": None if cu_seqlens is None else sequence_bounds(cu_seqlens, tokens),
+        "batches": batches,
+        "heads": heads,
+        "tokens": tokens,
+        "blocks": blocks,
+        "behind": min(window_size, UNLIMITED) - 1,
+        "D_FIRST": first,
+        "D_SECOND": width - first,
+        "IS_VARLEN": cu_seqlens is not None,
+        "SELECTS": selects,
+        "TOTALS_AT_ONCE": TOTALS_AT_ONCE,
+        "BLOCK": tile.block_m,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _window_arguments(
+    grid: tuple[int],
+    rows: dict[str, Any],
+    g: Tensor,
+    e: Tensor | None,
+    pressure: Tensor | None,
+    environment: str,
+) -> dict[str, Any]:
+    """Those of the kernels that see gamma; runs the one that sums up each block's genes first."""
+    batches, _, heads, width = g.shape
+    totals = g.new_empty(batches, heads, rows["blocks"], width, dtype=torch.float32)
+    of_totals = ("g_ptr", "g_strides", "batches", "heads", "tokens", "blocks", "D_FIRST",
+                 "D_SECOND", "BLOCK", "num_warps", "num_stages")  # fmt: skip
+    totals_kernel[grid](**{name: rows[name] for name in of_totals}, totals_ptr=totals)
+    logits = g if e is None else e  # eps is sigmoid(e), or sigmoid(g), or neither is read
+    return {
+        "logits_ptr": logits,
+        "logits_strides": logits.stride(),
+        "pressure_ptr": pressure,
+        "scale": width**0.5,
+        "totals_ptr": totals,
+        "HAS_ENVIRONMENT": environment != "none",
+    }
