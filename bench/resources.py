@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from kernels.core import tiles
 from kernels.core.backward import launch_backward
 from kernels.core.decode import launch_decode
+from kernels.core.fitness import launch_fitness, launch_fitness_backward
 from kernels.core.forward import launch_forward
 
 
@@ -50,7 +51,7 @@ MULTIPROCESSORS = {
 }
 # 64 keys, the fewest of a wgmma, have two accumulators of 64 x 256 that leave no register over.
 WITHOUT_WGMMA = {("dkdv", "256"), ("dkdv", "128+64")}
-INPUTS = ("q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
+INPUTS = ("g_ptr", "q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
 WIDTHS = (64, 0), (96, 0), (128, 0), (256, 0)  # of keys and values, and of keys' rotary part
 MLA_WIDTHS = (64, 32), (128, 64)
@@ -137,7 +138,8 @@ def compiling(arch: int) -> Iterator[list[Row]]:
 def attention_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
     """Compile the attention core as its launchers do: 9 query heads over 3, or MLA's 9; a window.
 
-    With rope, that many columns of queries and keys beside width are rotary.
+    With rope, that many columns of queries and keys beside width are rotary; without, dq sums its
+    excess for MGA, which takes the most registers.
     """
     heads, scale = 9 if rope else 3, (width + rope) ** -0.5
     q, k, v = (_meta(1, 4096, h, width, dtype=dtype) for h in (9, heads, heads))
@@ -145,7 +147,9 @@ def attention_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> 
     k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
     with compiling(arch) as rows:
         o, lse = launch_forward(q, k, v, q_rope, k_rope, None, None, True, 1024, scale)
-        launch_backward(q, k, v, q_rope, k_rope, o, lse, o, lse, None, True, 1024, scale, False)
+        launch_backward(
+            q, k, v, q_rope, k_rope, o, lse, o, lse, None, True, 1024, scale, with_excess=not rope
+        )
     return rows
 
 
@@ -166,6 +170,20 @@ def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> lis
     return rows
 
 
+def fitness_rows(arch: int, width: int, dtype: torch.dtype) -> list[Row]:
+    """Compile the kernels of gene fitness: 9 heads, the query's environment, rotary, a window."""
+    g, pressure = _meta(1, 4096, 9, width, dtype=dtype), _meta(9, dtype=torch.float32)
+    table, excess = (
+        _meta(*shape, dtype=torch.float32) for shape in ((4096, width // 2), (9, 4096))
+    )
+    genes = g, g, pressure, table, table, None
+    with compiling(arch) as rows:
+        q, k = launch_fitness(*genes, 1024, "query")
+        forward = len(rows)
+        launch_fitness_backward(*genes, q, k, excess, 1024, "query")
+    return rows[:forward] + rows[forward + 1 :]  # the backward sums up the genes once more
+
+
 def compiled_rows(arch: int, dtype: torch.dtype, width: int, rope: int) -> list[Row]:
     """The rows of every kernel that serves these widths."""
     rows = []
@@ -173,6 +191,8 @@ def compiled_rows(arch: int, dtype: torch.dtype, width: int, rope: int) -> list[
         rows += attention_rows(arch, width, dtype, rope)
     if (width, rope) in WIDTHS + LATENT_WIDTHS:
         rows += decode_rows(arch, width, dtype, rope)
+    if (width, rope) in WIDTHS:
+        rows += fitness_rows(arch, width, dtype)
     return rows
 
 
@@ -185,12 +205,15 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
     assert registers, f"ptxas said nothing of {kernel.metadata.name}: {log}"
     sass = _disassemble(kernel.asm["cubin"])
     metadata, rope = kernel.metadata, arguments.get("D_ROPE", 0)
+    width = arguments.get("D_QK") or arguments.get("D_V")
+    if width is None:
+        width = arguments["D_FIRST"] + arguments["D_SECOND"]
     return Row(
         arch=arch,
         kernel=metadata.name.removesuffix("_kernel"),
         dtype=str(arguments[next(name for name in INPUTS if name in arguments)].dtype)[6:],
-        width=str(arguments.get("D_QK", arguments["D_V"])) + (f"+{rope}" if rope else ""),
-        block_m=arguments.get("BLOCK_M", 0),
+        width=str(width) + (f"+{rope}" if rope else ""),
+        block_m=arguments.get("BLOCK_M", arguments.get("BLOCK", 0)),
         block_n=arguments.get("BLOCK_N", 0),
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
