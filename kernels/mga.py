@@ -54,7 +54,7 @@ def _fitness_backward(
     window_size: int,
     environment: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dg, the gradient of eps' logits, and dpressure [H] in fp32."""
+    """dg, the gradient of eps' logits, and dpressure [H] in fp32; of absent inputs, empty ones."""
     from kernels.core.fitness import launch_fitness_backward
 
     return launch_fitness_backward(
@@ -77,7 +77,8 @@ def _(
     environment: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dlogits = g.new_empty((0,) * 4 if environment == "none" else g.shape)
-    return g.new_empty(g.shape), dlogits, g.new_empty(g.shape[2], dtype=torch.float32)
+    dpressure = g.new_empty(0 if pressure is None else g.shape[2], dtype=torch.float32)
+    return g.new_empty(g.shape), dlogits, dpressure
 
 
 class _FitnessFunction(torch.autograd.Function):

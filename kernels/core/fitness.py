@@ -17,7 +17,6 @@ from kernels.core.primitives import (
     at_row_vector,
     dot,
     head_matrix,
-    load_joint_rows,
     load_rows,
     load_vector,
     locate_program,
@@ -28,7 +27,7 @@ from kernels.core.primitives import (
     scale_rows,
     store_joint_rows,
     tile_partners,
-    zero_joint_rows,
+    zero_rows,
 )
 from kernels.core.problem import UNLIMITED, sequence_bounds
 
@@ -36,20 +35,20 @@ TOTALS_AT_ONCE = 16
 BITS = tl.constexpr(3)  # bf16 numbers of 8 bits that make up an fp32 number of 24
 
 
+# Rows are two halves, which a rotation mixes and windowed sums take in turn, to save registers.
+
+
 @triton.jit
-def parts(matrix, D_FIRST: tl.constexpr):
+def halves(matrix, D_FIRST: tl.constexpr):
     """A matrix as two, its first D_FIRST columns and the others."""
     ptr, stride, rows = matrix
     return matrix, (ptr + D_FIRST, stride, rows)
 
 
 @triton.jit
-def load_parts(
-    matrix, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
-):  # fmt: skip
-    """Rows start, start + 1, ... in fp32: the tiles of the first columns, then of the others."""
-    first, second = parts(matrix, D_FIRST)
-    rows = load_joint_rows(first, second, start, BLOCK, D_FIRST, D_SECOND, True)
+def load_half(matrix, start, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Rows start, start + 1, ... in fp32, zero where the matrix ends."""
+    rows = load_rows(matrix, start, BLOCK, D, True)
     result = ()
     for part in tl.static_range(len(rows)):
         result = result + (rows[part].to(tl.float32),)
@@ -57,11 +56,23 @@ def load_parts(
 
 
 @triton.jit
-def store_parts(
+def load_halves(
+    matrix, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
+):  # fmt: skip
+    """Such rows, the tiles of the first half before those of the second."""
+    first, second = halves(matrix, D_FIRST)
+    rows = load_half(first, start, BLOCK, D_FIRST)
+    if D_SECOND:
+        rows = rows + load_half(second, start, BLOCK, D_SECOND)
+    return rows
+
+
+@triton.jit
+def store_halves(
     matrix, rows, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
 ):
     """Write such rows."""
-    first, second = parts(matrix, D_FIRST)
+    first, second = halves(matrix, D_FIRST)
     store_joint_rows(first, second, rows, start, BLOCK, D_FIRST, D_SECOND)
 
 
@@ -161,7 +172,27 @@ def add_seen(sums, seen, rows):
 
 
 @triton.jit
-def window_sums(
+def sum_windows_of_half(
+    matrix, totals, bounds, first, end,
+    BLOCK: tl.constexpr, D: tl.constexpr, ARE_GENES: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """`sum_windows` of D columns, between the `bounds` of `plan_tiles`."""
+    sums = zero_rows(BLOCK, D)
+    for side in tl.static_range(2):
+        for other in range(bounds[2 * side], bounds[2 * side + 1], BLOCK):
+            rows = load_half(matrix, other, BLOCK, D)
+            if ARE_GENES:
+                rows = express(rows)
+            sums = add_seen(sums, meets(first, end, other, BLOCK), rows)
+    interior = totals[0], totals[1], bounds[2] // BLOCK
+    for block in range(bounds[1] // BLOCK, bounds[2] // BLOCK, TOTALS_AT_ONCE):
+        rows = load_half(interior, block, TOTALS_AT_ONCE, D)
+        sums = add_rows(sums, sum_tile(rows))
+    return sums
+
+
+@triton.jit
+def sum_windows(
     matrix, totals, start, reach, first, end,
     BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
     IS_VARLEN: tl.constexpr, ARE_GENES: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
@@ -174,17 +205,16 @@ def window_sums(
         start, reach, first, end: the tile, `partner_range`'s argument, and its result.
     """
     bounds = plan_tiles(start, matrix[2], reach, BLOCK, BLOCK, IS_VARLEN, ALIGNED=True)
-    sums = zero_joint_rows(BLOCK, D_FIRST, D_SECOND)
-    for side in tl.static_range(2):
-        for other in range(bounds[2 * side], bounds[2 * side + 1], BLOCK):
-            rows = load_parts(matrix, other, BLOCK, D_FIRST, D_SECOND)
-            if ARE_GENES:
-                rows = express(rows)
-            sums = add_seen(sums, meets(first, end, other, BLOCK), rows)
-    interior = totals[0], totals[1], bounds[2] // BLOCK
-    for block in range(bounds[1] // BLOCK, bounds[2] // BLOCK, TOTALS_AT_ONCE):
-        rows = load_parts(interior, block, TOTALS_AT_ONCE, D_FIRST, D_SECOND)
-        sums = add_rows(sums, sum_tile(rows))
+    first_half, second_half = halves(matrix, D_FIRST)
+    first_totals, second_totals = halves(totals, D_FIRST)
+    sums = sum_windows_of_half(
+        first_half, first_totals, bounds, first, end, BLOCK, D_FIRST, ARE_GENES, TOTALS_AT_ONCE
+    )
+    if D_SECOND:
+        sums = sums + sum_windows_of_half(
+            second_half, second_totals, bounds, first, end,
+            BLOCK, D_SECOND, ARE_GENES, TOTALS_AT_ONCE,
+        )  # fmt: skip
     return sums
 
 
@@ -214,11 +244,11 @@ def window_fitness(
     BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
     HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """gamma, u, the logits of eps and n of a tile, whose windows reach `behind` tokens back."""
+    """gamma, u and n of a tile, whose windows reach `behind` tokens back."""
     tokens = g_matrix[2]
     reach = tokens, 0, behind, 0, bounds_ptr
     first, end = tile_partners(start, tokens, reach, BLOCK, IS_VARLEN)
-    sums = window_sums(
+    sums = sum_windows(
         g_matrix, totals, start, reach, first, end,
         BLOCK, D_FIRST, D_SECOND, IS_VARLEN, True, TOTALS_AT_ONCE,
     )  # fmt: skip
@@ -228,12 +258,12 @@ def window_fitness(
         u = u + (1.0 / (sums[part] / population + 0.5),)
     logits = None
     if HAS_ENVIRONMENT:
-        logits = load_parts(logits_matrix, start, BLOCK, D_FIRST, D_SECOND)
+        logits = load_halves(logits_matrix, start, BLOCK, D_FIRST, D_SECOND)
     inside = inside_columns(D_FIRST)
     if D_SECOND:
         inside = inside + inside_columns(D_SECOND)
     gamma = closed_form(u, logits, inside, HAS_ENVIRONMENT)
-    return gamma, u, logits, population
+    return gamma, u, population
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
@@ -247,9 +277,9 @@ def totals_kernel(
     """
     block, batch, head = locate_program(batches, heads)
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
-    genes = express(load_parts(g_matrix, block * BLOCK, BLOCK, D_FIRST, D_SECOND))
+    genes = express(load_halves(g_matrix, block * BLOCK, BLOCK, D_FIRST, D_SECOND))
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    store_parts(totals, sum_tile(genes), block, 1, D_FIRST, D_SECOND)
+    store_halves(totals, sum_tile(genes), block, 1, D_FIRST, D_SECOND)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
@@ -259,12 +289,11 @@ def fitness_kernel(
     batches, heads, tokens, blocks, behind, scale,
     D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    TOTALS_AT_ONCE: tl.constexpr,
+    IS_ROTARY: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """gamma = u eps / sum_D u eps for BLOCK tokens of one head, where u = 1 / (phi + 1/2).
 
-    For a selection q = R(kappa scale gamma) and k = R(p), else q = gamma. Rows have D_FIRST +
-    D_SECOND columns, two halves where they are rotated, else D_SECOND = 0.
+    For a selection q = R(kappa scale gamma) and k = R(p), else q = gamma.
     Grid: (blocks * B * H,).
     """
     block, batch, head = locate_program(batches, heads)
@@ -272,21 +301,21 @@ def fitness_kernel(
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    q, _, _, _ = window_fitness(
+    q, _, _ = window_fitness(
         g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
         BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, TOTALS_AT_ONCE,
     )  # fmt: skip
     if SELECTS:
         q = scale_rows(q, tl.load(pressure_ptr + head).to(tl.float32) * scale)
-        k = express(load_parts(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
-        if D_SECOND:
+        k = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+        if IS_ROTARY:
             cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
             sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k_matrix = head_matrix(k_ptr, k_strides, batch, head, tokens)
-        store_parts(k_matrix, k, start, BLOCK, D_FIRST, D_SECOND)
+        store_halves(k_matrix, k, start, BLOCK, D_FIRST, D_SECOND)
     q_matrix = head_matrix(q_ptr, q_strides, batch, head, tokens)
-    store_parts(q_matrix, q, start, BLOCK, D_FIRST, D_SECOND)
+    store_halves(q_matrix, q, start, BLOCK, D_FIRST, D_SECOND)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
@@ -297,7 +326,7 @@ def share_kernel(
     batches, heads, tokens, blocks, behind, scale,
     D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    TOTALS_AT_ONCE: tl.constexpr,
+    IS_ROTARY: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """What each of BLOCK tokens of one head owes every token of its window: dphi / n.
 
@@ -311,39 +340,41 @@ def share_kernel(
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D)
-    gamma, u, logits, population = window_fitness(
+    gamma, u, population = window_fitness(
         g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
         BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, TOTALS_AT_ONCE,
     )  # fmt: skip
     dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, tokens)
-    dgamma = load_parts(dq_matrix, start, BLOCK, D_FIRST, D_SECOND)
+    dgamma = load_halves(dq_matrix, start, BLOCK, D_FIRST, D_SECOND)
     if SELECTS:
-        if D_SECOND:
+        if IS_ROTARY:
             cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
             sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
             dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
         excess_ptr = at_row_vector(excess_ptr, batch, head, heads, tokens)
         excess = load_vector(excess_ptr, start, tokens, BLOCK, True)
-        genes = express(load_parts(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+        genes = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
         # All scores of a row are much like its token's own, which dS of sum 0 would cancel.
         dkappa = inner_product(dgamma, gamma) - excess * inner_product(genes, gamma)
         dpressure_ptr = at_row_vector(dpressure_ptr, batch, head, heads, blocks)
         tl.store(dpressure_ptr + block, tl.sum(dkappa, 0) * scale)
         dgamma = scale_rows(dgamma, tl.load(pressure_ptr + head).to(tl.float32) * scale)
     mean = inner_product(dgamma, gamma)[:, None]
-    share, dlogits = (), ()
+    dl, share = (), ()
     for part in tl.static_range(len(gamma)):
-        dl = gamma[part] * (dgamma[part] - mean)
-        share = share + (-u[part] * dl / population,)
-        if HAS_ENVIRONMENT:
-            dlogits = dlogits + (tl.sigmoid(-logits[part]) * dl,)
+        dl = dl + (gamma[part] * (dgamma[part] - mean),)
+        share = share + (-u[part] * dl[part] / population,)
     share_matrix = head_matrix(share_ptr, share_strides, batch, head, tokens)
-    store_parts(share_matrix, share, start, BLOCK, D_FIRST, D_SECOND)
+    store_halves(share_matrix, share, start, BLOCK, D_FIRST, D_SECOND)
     share_totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D)
-    store_parts(share_totals, sum_tile(share), block, 1, D_FIRST, D_SECOND)
+    store_halves(share_totals, sum_tile(share), block, 1, D_FIRST, D_SECOND)
     if HAS_ENVIRONMENT:
+        logits = load_halves(logits_matrix, start, BLOCK, D_FIRST, D_SECOND)
+        dlogits = ()
+        for part in tl.static_range(len(dl)):
+            dlogits = dlogits + (tl.sigmoid(-logits[part]) * dl[part],)
         dlogits_matrix = head_matrix(dlogits_ptr, dlogits_strides, batch, head, tokens)
-        store_parts(dlogits_matrix, dlogits, start, BLOCK, D_FIRST, D_SECOND)
+        store_halves(dlogits_matrix, dlogits, start, BLOCK, D_FIRST, D_SECOND)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
@@ -353,7 +384,7 @@ def dg_kernel(
     batches, heads, tokens, blocks, behind,
     D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
     ARE_KIN: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    TOTALS_AT_ONCE: tl.constexpr,
+    IS_ROTARY: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """dg = p (1 - p) dp for BLOCK tokens of one head, plus the gradient of their kin's eps.
 
@@ -366,29 +397,29 @@ def dg_kernel(
     first, end = tile_partners(start, tokens, reach, BLOCK, IS_VARLEN)
     share_matrix = head_matrix(share_ptr, share_strides, batch, head, tokens)
     totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    dp = window_sums(
+    dp = sum_windows(
         share_matrix, totals, start, reach, first, end,
         BLOCK, D_FIRST, D_SECOND, IS_VARLEN, False, TOTALS_AT_ONCE,
     )  # fmt: skip
     if SELECTS:
-        dk = load_parts(
+        dk = load_halves(
             head_matrix(dk_ptr, dk_strides, batch, head, tokens), start, BLOCK, D_FIRST, D_SECOND
         )
-        if D_SECOND:
+        if IS_ROTARY:
             cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
             sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
             dk = rotate(dk, cos, scale_rows(sin, -1.0))
         dp = add_rows(dp, dk)
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
-    genes = express(load_parts(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+    genes = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
     dg = ()
     for part in tl.static_range(len(dp)):
         dg = dg + (dp[part] * genes[part] * (1.0 - genes[part]),)
     if ARE_KIN:
         kin_matrix = head_matrix(kin_ptr, kin_strides, batch, head, tokens)
-        dg = add_rows(dg, load_parts(kin_matrix, start, BLOCK, D_FIRST, D_SECOND))
+        dg = add_rows(dg, load_halves(kin_matrix, start, BLOCK, D_FIRST, D_SECOND))
     dg_matrix = head_matrix(dg_ptr, dg_strides, batch, head, tokens)
-    store_parts(dg_matrix, dg, start, BLOCK, D_FIRST, D_SECOND)
+    store_halves(dg_matrix, dg, start, BLOCK, D_FIRST, D_SECOND)
 
 
 def launch_fitness(
@@ -438,13 +469,14 @@ def launch_fitness_backward(
     batches, _, heads, width = g.shape
     dg = g.new_empty(g.shape)
     dlogits = g.new_empty((0,) * 4 if environment == "none" else g.shape)
+    selected = 0 if pressure is None else heads
     if g.numel() == 0:
-        return dg, dlogits, g.new_zeros(heads, dtype=torch.float32)
+        return dg, dlogits, g.new_zeros(selected, dtype=torch.float32)
     if dq.stride(-1) != 1:  # as that of a sum, expanded from one number
         dq = dq.contiguous()
     grid, rows = _row_arguments(g, cos, sin, cu_seqlens, window_size, pressure is not None)
     blocks = rows["blocks"]
-    dpressures = g.new_empty(batches, heads, blocks, dtype=torch.float32)
+    dpressures = g.new_empty(batches, selected, blocks, dtype=torch.float32)
     share = g.new_empty(g.shape, dtype=torch.float32)
     share_totals = g.new_empty(batches, heads, blocks, width, dtype=torch.float32)
     share_kernel[grid](
@@ -489,7 +521,6 @@ def _row_arguments(
     batches, tokens, heads, width = g.shape
     tile = tiles.choose("fitness", g, padded_width(width))
     blocks = triton.cdiv(tokens, tile.block_m)
-    first = width if cos is None else width // 2
     return (blocks * batches * heads,), {
         "g_ptr": g,
         "g_strides": g.stride(),
@@ -501,14 +532,16 @@ def _row_arguments(
         "tokens": tokens,
         "blocks": blocks,
         "behind": min(window_size, UNLIMITED) - 1,
-        "D_FIRST": first,
-        "D_SECOND": width - first,
+        "D_FIRST": width - width // 2,
+        "D_SECOND": width // 2,
         "IS_VARLEN": cu_seqlens is not None,
         "SELECTS": selects,
+        "IS_ROTARY": cos is not None,
         "TOTALS_AT_ONCE": TOTALS_AT_ONCE,
         "BLOCK": tile.block_m,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "maxnreg": tile.max_registers,
     }
 
 

@@ -49,7 +49,14 @@ DECODE = roomy(
         576: Tile(32, 16, 8, 2),
     }
 )
-FITNESS = {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 8, 1)}
+FITNESS = {
+    64: Tile(32, 32, 4, 1),
+    96: Tile(16, 16, 8, 1),
+    128: Tile(32, 32, 4, 1),
+    256: Tile(32, 32, 8, 1),
+}
+# 128 registers let a second program of 8 warps in, more loads on their way.
+LARGE_FITNESS = FITNESS | {64: Tile(64, 64, 8, 1, 128), 96: Tile(64, 64, 8, 1)}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -73,7 +80,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
-        "fitness": FITNESS,
+        "fitness": LARGE_FITNESS,
     },
     100: {
         "forward": {
@@ -90,7 +97,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
-        "fitness": FITNESS,
+        "fitness": LARGE_FITNESS,
     },
     120: {
         "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
