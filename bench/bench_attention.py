@@ -7,7 +7,7 @@ the GPU's, L2 flushed before each round; the systems of a case take turns, sever
 Without a GPU one tiny case proves the path, and its figures mean nothing.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor
 import kernels
 from bench.costs import flops
 from bench.systems import SYSTEMS, Attention, join, system
-from bench.timing import clock, flush_l2
+from bench.timing import clock, time_training
 from tests.cases import AttentionCase, LatentCase
 
 GPU = torch.cuda.is_available()
@@ -125,23 +125,7 @@ def setting(case: Case) -> Setting:
 @pytest.mark.benchmark(timer=clock, disable_gc=True)
 def test_attention(benchmark: Any, case: Case, direction: str, turn: int, name: str) -> None:
     here = setting(case)
-    attention = here.system(name)
-    o = attention(*here.leaves)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attention(*here.leaves)
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(o, here.leaves, here.do, retain_graph=True)
-
-    benchmark.group = f"{case.name} {direction}"
-    benchmark.extra_info.update(
-        case=case.name,
-        direction=direction,
-        system=name,
-        unit="TFLOP/s",
-        work=flops(case, direction) / 1e12,
-    )
-    call = forward if direction == "forward" else backward
-    benchmark.pedantic(call, setup=flush_l2, rounds=ROUNDS, warmup_rounds=3)
+    attend = partial(here.system(name), *here.leaves)
+    work = flops(case, direction) / 1e12
+    about = {"case": case.name, "system": name, "unit": "TFLOP/s", "work": work}
+    time_training(benchmark, attend, here.leaves, here.do, direction, about, ROUNDS)

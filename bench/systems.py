@@ -20,18 +20,14 @@ varlen_attn: Callable[..., Any] = typed_varlen_attn  # its keywords vary with th
 
 
 def ours(case: AttentionCase) -> Attention:
-    return lambda q, k, v: kernels.attention(
-        q, k, v, causal=case.causal, window_size=case.window_size, impl="triton"
-    )
+    return lambda q, k, v: kernels.attention(q, k, v, **case.arguments, impl="triton")
 
 
 def eager(case: AttentionCase) -> Attention | None:
     """The oracle, as far as T x T fits."""
     if case.q_tokens > 4096:
         return None
-    return lambda q, k, v: kernels.attention(
-        q, k, v, causal=case.causal, window_size=case.window_size, impl="eager"
-    )
+    return lambda q, k, v: kernels.attention(q, k, v, **case.arguments, impl="eager")
 
 
 def sdpa(case: AttentionCase, backend: SDPBackend) -> Attention | None:
@@ -43,7 +39,9 @@ def sdpa(case: AttentionCase, backend: SDPBackend) -> Attention | None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         gqa = case.q_heads != case.k_heads
         with sdpa_kernel([backend]):
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=gqa)
+            o = F.scaled_dot_product_attention(
+                q, k, v, is_causal=case.causal, scale=case.scale, enable_gqa=gqa
+            )
         return o.transpose(1, 2)
 
     return run
@@ -62,7 +60,8 @@ def flex(case: AttentionCase) -> Attention:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         gqa = case.q_heads != case.k_heads
-        return compiled(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
+        o = compiled(q, k, v, block_mask=mask, scale=case.scale, enable_gqa=gqa)
+        return o.transpose(1, 2)
 
     return run
 
@@ -77,7 +76,7 @@ def varlen(case: AttentionCase) -> Attention:
     """torch.nn.attention.varlen over the batch as packed sequences."""
     tokens = case.q_tokens
     offsets = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda") * tokens
-    options: dict[str, Any] = {"window_size": (-1, -1)}
+    options: dict[str, Any] = {"window_size": (-1, -1), "scale": case.scale}
     if case.causal:
         options["window_size"] = (-1 if case.window_size is None else case.window_size - 1, 0)
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:

@@ -1,9 +1,12 @@
-"""The GPU's own clock for pytest-benchmark, and a cold L2."""
+"""The GPU's own clock for pytest-benchmark, a cold L2, and how training is timed."""
 
 import time
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 FLUSHED_BYTES = 1 << 30  # past any L2, and long enough on its way to hide the next launch
 
@@ -35,3 +38,29 @@ def flush_l2() -> None:
     """Overwrite what L2 holds; the GPU is busy with it while the next launch is prepared."""
     if torch.cuda.is_available():
         _scratch().zero_()
+
+
+def time_training(
+    benchmark: Any,
+    attend: Callable[[], Tensor],
+    leaves: Sequence[Tensor],
+    do: Tensor,
+    direction: str,
+    about: dict[str, Any],
+    rounds: int,
+) -> None:
+    """Time "forward" or "backward" of a function of the leaves, and note what it is about."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attend()
+
+    o = attend()
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+    benchmark.group = f"{about['case']} {direction}"
+    benchmark.extra_info.update(about, direction=direction)
+    call = forward if direction == "forward" else backward
+    benchmark.pedantic(call, setup=flush_l2, rounds=rounds, warmup_rounds=3)

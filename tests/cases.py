@@ -1,6 +1,7 @@
 """Named attention cases, shared by the tests and the benchmarks."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class AttentionCase:
         return self.width if self.v_width is None else self.v_width
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """What the op takes beside tensors."""
         return {"causal": self.causal, "window_size": self.window_size, "scale": self.scale}
 
@@ -148,7 +149,7 @@ class LatentCase:
     contiguous: bool = True
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """What the op takes beside tensors."""
         return {"causal": self.causal, "window_size": self.window_size, "scale": self.scale}
 
@@ -227,7 +228,7 @@ class DecodeCase:
     contiguous: bool = True
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """What the op takes beside tensors."""
         scale = self.scale
         if scale is None and self.latent:  # required there
@@ -364,9 +365,25 @@ class GeneticCase:
     contiguous: bool = True
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """What the op takes beside tensors."""
         return {"window_size": self.window_size, "environment": self.environment}
+
+    @property
+    def selection(self) -> AttentionCase:
+        """The attention over the q and k that it forms."""
+        return AttentionCase(
+            self.name,
+            self.batch,
+            self.tokens,
+            q_heads=self.heads,
+            k_heads=self.heads,
+            v_heads=self.v_heads,
+            width=self.width,
+            v_width=self.v_width,
+            window_size=self.window_size,
+            scale=1.0,
+        )
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
         """Fresh random tensors by argument name, but for the tables of `rope`."""

@@ -12,9 +12,10 @@ import torch
 
 from bench import costs, resources, results
 from kernels.reference import visible
-from tests.cases import AttentionCase, DecodeCase, LatentCase
+from tests.cases import AttentionCase, DecodeCase, GeneticCase, LatentCase
 
 ROOT = Path(__file__).parent.parent
+MULTIPLYING = "forward", "dq", "dkdv", "decode", "fitness", "share", "dg"  # kernels with products
 
 
 def python(*arguments, **environment):
@@ -45,6 +46,9 @@ def test_flops_are_two_products_forward_and_five_backward():
     assert costs.flops(case, "backward") == 2.5 * costs.flops(case, "forward")
     latent = LatentCase("x", 2, 8, heads=3, nope=12, rope=4, v_width=32, causal=False)
     assert costs.flops(latent, "forward") == costs.flops(case, "forward")
+    genetic = GeneticCase("x", 2, 8, heads=3, width=16, v_width=32, window_size=5)
+    selection = AttentionCase("x", 2, 8, q_heads=3, width=16, v_width=32, window_size=5)
+    assert costs.flops(genetic, "backward") == costs.flops(selection, "backward")
 
 
 def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
@@ -57,14 +61,14 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
     assert {(row["arch"], row["kernel"]) for row in rows} == {
         (arch, kernel)
         for arch in (80, 90, 100, 120)
-        for kernel in ("forward", "delta", "dq", "dkdv", "decode")
+        for kernel in (*MULTIPLYING, "delta", "totals")
     }
     for row in rows:
         assert row["spill_bytes"] == 0 and row["ctas_per_sm"] >= 1
-        if row["kernel"] != "delta":
+        if row["kernel"] in MULTIPLYING:
             wgmma = row["arch"] == 90 and row["block_m"] >= 32  # fewer rows are too few for it
             used = {name for name, count in row["instructions"].items() if count}
-            assert "LDGSTS" in used
+            assert "LDGSTS" in used or row["num_stages"] == 1
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
 
 
@@ -100,15 +104,26 @@ def test_cache_bytes_are_those_of_the_rows_that_are_seen():
     assert costs.cache_bytes(latent) == 2 * 43 * 32
 
 
+def test_fitness_bytes_are_those_of_its_inputs_and_outputs():
+    case = GeneticCase("x", tokens=33, heads=3, width=16)
+    of_g = case.inputs(torch.bfloat16)["g"].nbytes
+    assert costs.fitness_bytes(case, "forward") == 4 * of_g  # g, e to q, k
+    assert costs.fitness_bytes(case, "backward") == 6 * of_g  # g, e, dq, dk to dg, de
+    kin = dataclasses.replace(case, environment="kin")
+    assert costs.fitness_bytes(kin, "forward") == 3 * of_g
+    assert costs.fitness_bytes(kin, "backward") == 4 * of_g
+
+
 def test_from_timing_to_table(tmp_path):
     raw = tmp_path / "raw.json"
-    files = ["bench/bench_attention.py", "bench/bench_decode.py"]
+    files = [f"bench/bench_{name}.py" for name in ("attention", "decode", "genetic")]
     done = python("-m", "pytest", "-n", "0", *files, f"--benchmark-json={raw}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert results.main(["collect", str(raw), "--output", str(tmp_path)]) == 0
     collected = json.loads((tmp_path / "no-gpu.json").read_text())
     training = {"ours", "sdpa math", "eager"}
     decoding = {"ours", "sdpa", "copy"}
+    selection = {"ours", "attention", "eager"}
     assert {(r["case"], r["direction"], r["system"], r["unit"]) for r in collected["rows"]} == {
         *((case, direction, system, "TFLOP/s")
           for case in ("tiny", "tiny-mla")
@@ -117,6 +132,12 @@ def test_from_timing_to_table(tmp_path):
         *((case, "decode", system, "GB/s")
           for case in ("gqa-9-3-2-40", "mla-9-288+32-2-40")
           for system in decoding),
+        *(("tiny-mga", direction, system, "TFLOP/s")
+          for direction in ("forward", "backward")
+          for system in selection),
+        *(("tiny-mga fitness", direction, system, "GB/s")
+          for direction in ("forward", "backward")
+          for system in ("ours", "copy")),
     }  # fmt: skip
     assert all(r["milliseconds"] > 0 and r["rate"] > 0 for r in collected["rows"])
     readme = tmp_path / "README.md"
