@@ -375,8 +375,10 @@ class MultiHeadLatentAttention(Attention):
 class MultiHeadGeneticAttention(Attention):
     """Selection of the window's tokens by the closed-form fitness of their genes (MGA).
 
-    The tokens in a causal window are organisms, the features of a head their genes; see
-    `kernels.genetic_attention` for the formulas. Always causal.
+    The tokens in a causal window are organisms, the features of a head their genes: a gene is the
+    fitter the rarer it is in the window, an organism the fitter its genes are. The README's "MGA
+    in one page" explains it, `kernels.genetic_attention` has the formulas. Always causal and always
+    windowed, so there is no use_sliding_window.
 
     Args:
         d_model: model width, a multiple of num_heads.

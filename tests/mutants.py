@@ -3,18 +3,20 @@
 `make mutants` or `python tests/mutants.py`; exits with 1 when a fault survives.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRIMITIVES, FORWARD, BACKWARD, DECODE, PROBLEM, OP = (
+PRIMITIVES, FORWARD, BACKWARD, DECODE, FITNESS, PROBLEM, OP = (
     f"kernels/{name}.py"
     for name in (
-        "core/primitives", "core/forward", "core/backward", "core/decode", "core/problem",
-        "attention",
+        "core/primitives", "core/forward", "core/backward", "core/decode", "core/fitness",
+        "core/problem", "attention",
     )
 )  # fmt: skip
 MUTANTS = {
@@ -31,7 +33,7 @@ MUTANTS = {
                                   "begin + (inner_begin - begin) // BLOCK"),
     "sequences aligned at the start": (PROBLEM, "k_tokens - q_tokens,", "0,"),
     "packed tokens in the next sequence": (PROBLEM, "right=True", "right=False"),
-    "dlse of the wrong sign": (BACKWARD, "= -load_vector(dlse_ptr", "= load_vector(dlse_ptr"),
+    "dlse of the wrong sign": (BACKWARD, "-load_vector(dlse", "load_vector(dlse"),
     "delta left out": (PRIMITIVES, "weights * (dweights - delta)", "weights * dweights"),
     "dq not scaled": (BACKWARD, "    dq = scale_rows(dq, scale_log2 / LOG2_E)\n", ""),
     "a query head left out of dk": (BACKWARD, "+ 1) * q_per_k)", "+ 1) * q_per_k - 1)"),
@@ -54,22 +56,48 @@ MUTANTS = {
     "decode: splits not weighed": (DECODE, "partial * tl.exp2(part_log2 - lse_log2)[:, None]",
                                    "partial / splits"),
     "decode: wrong value head": (DECODE, "k_head * v_heads // k_heads", "k_head % v_heads"),
+    "fitness: interior left out": (FITNESS, "range(bounds[1] // BLOCK,",
+                                   "range(bounds[2] // BLOCK,"),
+    "fitness: a total too many": (FITNESS, "totals[1], bounds[2] // BLOCK",
+                                  "totals[1], bounds[2] // BLOCK + 1"),
+    "fitness: one edge for both": (FITNESS, "range(bounds[2 * side], bounds[2 * side + 1]",
+                                   "range(bounds[2 * side], bounds[1]"),
+    "fitness: genes lose their last bits": (FITNESS, "BITS = tl.constexpr(3)",
+                                            "BITS = tl.constexpr(2)"),
+    "fitness: every window full": (FITNESS, "population = (end - first)",
+                                   "population = (0 * end + behind + 1)"),
+    "fitness: eps underflows": (FITNESS, "tl.minimum(most[:, None], 0.0)", "0.0 * most[:, None]"),
+    "fitness: padding counted": (FITNESS, "tl.where(inside[part], weight, 0.0)", "weight"),
+    "fitness: one pressure for all": (FITNESS, "scale_rows(q, tl.load(pressure_ptr + head)",
+                                      "scale_rows(q, tl.load(pressure_ptr)"),
+    "fitness: shares summed behind": (FITNESS, "tokens, 0, 0, behind,", "tokens, 0, behind, 0,"),
+    "fitness: shares of no mean": (FITNESS, "dl[part] / population", "dl[part]"),
+    "fitness: dgamma not centred": (FITNESS, "(dgamma[part] - mean)", "dgamma[part]"),
+    "fitness: dgamma rotated again": (FITNESS, "rotate(dgamma, cos, scale_rows(sin, -1.0))",
+                                      "rotate(dgamma, cos, sin)"),
+    "fitness: dk rotated again": (FITNESS, "rotate(dk, cos, scale_rows(sin, -1.0))",
+                                  "rotate(dk, cos, sin)"),
+    "fitness: dk left out": (FITNESS, "dp = add_rows(dp, dk)", "dp = add_rows(dp, dp)"),
+    "fitness: kin left out": (FITNESS, 'ARE_KIN=environment == "kin"', "ARE_KIN=False"),
+    "fitness: excess left in": (FITNESS, " - excess * inner_product(genes, gamma)", ""),
+    "fitness: excess of the wrong sign": (FITNESS, "- excess * inner", "+ excess * inner"),
 }  # fmt: skip
 
 
-def survives(folder: Path, file: str, old: str, new: str) -> bool:
-    """Whether the parity tests pass with the fault in place; the file is mended afterwards."""
-    path = folder / file
-    source = path.read_text()
+def survives(file: str, old: str, new: str) -> bool:
+    """Whether the parity tests pass with the fault in a copy of the project."""
+    source = (ROOT / file).read_text()
     if source.count(old) != 1:
         raise ValueError(f"{file}: expected {old!r} once, got it {source.count(old)} times")
-    path.write_text(source.replace(old, new))
-    tests = [f"tests/test_{name}.py" for name in ("decode", "latent", "attention")]
-    command = [sys.executable, "-m", "pytest", "-x", "-k", "test_parity", *tests]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True)
-    finally:
-        path.write_text(source)
+    names = ("genetic",) if file == FITNESS else ("decode", "latent", "attention")
+    tests = [f"tests/test_{name}.py" for name in names]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-k", "test_parity", *tests]
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch, "copy")
+        skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "ablation_results")
+        shutil.copytree(ROOT, copy, ignore=skipped)
+        (copy / file).write_text(source.replace(old, new))
+        done = subprocess.run(command, cwd=copy, capture_output=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(done.stdout.decode() + done.stderr.decode())
     return done.returncode == 0
@@ -77,12 +105,9 @@ def survives(folder: Path, file: str, old: str, new: str) -> bool:
 
 def main() -> int:
     survivors = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "copy")
-        skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "ablation_results")
-        shutil.copytree(ROOT, folder, ignore=skipped)
-        for name, mutant in MUTANTS.items():
-            survived = survives(folder, *mutant)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda mutant: survives(*mutant), MUTANTS.values())
+        for name, survived in zip(MUTANTS, results, strict=True):
             survivors += survived
             print(f"{'SURVIVED' if survived else 'caught':8}  {name}", flush=True)
     return 1 if survivors else 0

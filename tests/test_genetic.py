@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 import torch
@@ -463,6 +464,30 @@ def test_smollm_trains_through_the_kernels(monkeypatch):
         results[impl] = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
     for x, y in zip(results["triton"], results["eager"], strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-3)
+
+
+def test_the_example_of_the_readme():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.9, 0.1], [0.6, 0.8]], dtype=torch.float64)
+    g, identity = torch.logit(p)[None, :, None], torch.eye(4, dtype=torch.float64)[None, :, None]
+    e = torch.logit(torch.tensor([0.9, 0.1], dtype=torch.float64)).expand_as(g)
+    pressure = torch.full((1,), 4.0, dtype=torch.float64)
+    fitness, taken = [], []
+    for environment, logits in (("none", None), ("query", e)):
+        options = {"window_size": 4, "environment": environment, "impl": "eager"}
+        fitness.append(kernels.gene_fitness(g, logits, **options)[0, -1, 0])
+        o = kernels.genetic_attention(g, logits, identity, pressure, **options)
+        taken.append(o[0, -1, 0])
+    genes = torch.cat((p.T, p.mean(0)[:, None], torch.stack(fitness, 1)), 1)
+    for name, row in (
+        ("gene 1", genes[0]),
+        ("gene 2", genes[1]),
+        ("taken, eps = 1 ", taken[0]),
+        ("taken, eps = (.9, .1)", taken[1]),
+    ):
+        written = next(line for line in readme.splitlines() if line.startswith(name))
+        numbers = [float(x) for x in written.removeprefix(name).split() if x.startswith(".")]
+        assert len(numbers) == len(row) and numbers == [round(float(x), 2) for x in row]
 
 
 def organisms_of(p):
