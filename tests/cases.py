@@ -309,6 +309,7 @@ DECODE_CASES = [
     DecodeCase("tokens-ring-too-small", lengths=(40, 17), rows=16, q_tokens=20, window_size=10),
     DecodeCase("sinks", lengths=(50, 0), q_heads=6, k_heads=2, sinks=True),
     DecodeCase("sinks-window", lengths=(193, 70), rows=193, window_size=100, sinks=True),
+    DecodeCase("sinks-splits", lengths=(2000, 30), rows=2048, width=16, sinks=True),
     DecodeCase("sinks-ring-tokens", lengths=(100, 2), q_tokens=5, window_size=20, sinks=True),
     DecodeCase("strided", lengths=(50, 64), q_heads=6, k_heads=2, contiguous=False),
     DecodeCase("strided-tokens", lengths=(100, 4), q_tokens=5, k_heads=3, contiguous=False),

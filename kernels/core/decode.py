@@ -78,7 +78,7 @@ def decode_kernel(
         heads = k_head * group + row % group
         sinks_log2 = tl.load(sinks_ptr + heads, mask=row < rows, other=0.0).to(tl.float32) * LOG2_E
         row_max_log2 = tl.where(split == 0, sinks_log2, row_max_log2)
-        row_sum += tl.where(split == 0, 1.0, 0.0)
+        row_sum += 1.0  # in other splits rescaled to 0
     state = zero_rows(BLOCK_M, D_V), row_max_log2, row_sum
     for turn in tl.static_range(2):  # of the ring, where these positions begin and the next one
         shift = (begin // capacity + turn) * capacity  # from row to position

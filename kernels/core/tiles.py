@@ -89,7 +89,12 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             128: Tile(64, 64, 8, 2),
             256: Tile(64, 32, 8, 2),
         },
-        "dq": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "dq": {
+            64: Tile(128, 64, 8, 2),
+            96: Tile(64, 64, 8, 2, 255),
+            128: Tile(64, 64, 8, 2),
+            256: Tile(32, 32, 8, 2),
+        },
         "dkdv": {
             64: Tile(32, 128, 8, 2),
             96: Tile(16, 64, 8, 1),
@@ -108,7 +113,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
     },
 }
 SINGLE_PRECISION: Table = {
-    "forward": roomy({64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 32, 8, 1)}),
+    "forward": roomy({64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "dq": roomy({64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "dkdv": roomy({64: Tile(16, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
