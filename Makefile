@@ -22,11 +22,13 @@ mutants:  ## plant faults in a copy of the kernels; the parity tests must catch 
 	python tests/mutants.py
 
 OUT ?= gpu_results
+TESTS ?= tests/test_*_gpu.py
+BENCH ?= bench/bench_*.py
 
-gpu:  ## on a GPU, in under 9 minutes: parity, then the peers; everything lands in $(OUT)
+gpu:  ## on a GPU, in under 9 minutes: TESTS for parity, then BENCH for speed; all lands in OUT
 	mkdir -p $(OUT)
 	-nvidia-smi > $(OUT)/nvidia-smi.txt
-	-timeout -s INT 270 python3 -m pytest -n 8 tests/test_*_gpu.py > $(OUT)/parity.txt 2>&1
+	-timeout -s INT 270 python3 -m pytest -n 8 $(TESTS) > $(OUT)/parity.txt 2>&1
 	tail -n 25 $(OUT)/parity.txt
-	-timeout -s INT 250 python3 -m pytest -n 0 bench/bench_*.py -rs --benchmark-json=$(OUT)/raw.json > $(OUT)/bench.txt 2>&1
+	-timeout -s INT 250 python3 -m pytest -n 0 $(BENCH) -rs --benchmark-json=$(OUT)/raw.json > $(OUT)/bench.txt 2>&1
 	python3 -m bench.results collect $(OUT)/raw.json --output $(OUT)
