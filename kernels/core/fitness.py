@@ -165,7 +165,7 @@ def add_seen(sums, seen, rows):
         total, rest = sums[part], rows[part]
         for _ in tl.static_range(BITS):
             piece = rest.to(tl.bfloat16)
-            total = dot(seen, piece, total)
+            total = dot(seen, piece, total, "ieee")
             rest -= piece.to(tl.float32)
         result = result + (total,)
     return result

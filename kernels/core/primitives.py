@@ -10,7 +10,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(a, b, accumulator=None, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """a @ b + accumulator in fp32."""
     if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
         a, b = a.to(tl.float32), b.to(tl.float32)
