@@ -1,9 +1,9 @@
 """What the compiler makes of every kernel at every tile of the table, with no GPU at hand.
 
-`python -m bench.resources [--arch 90 100] [--width 64 64+32] [--json FILE]` compiles ahead of
-time, prints one row per kernel and tile, and exits with 1 when a tile spills, has its matrix
-instructions serialised, needs more shared memory than the architecture has, or misses wgmma on
-sm_90.
+`python -m bench.resources [--arch 90 100] [--width 64 64+32] [--packed] [--json FILE]` compiles
+ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills, has its
+matrix instructions serialised, needs more shared memory than the architecture has, or misses wgmma
+on sm_90.
 """
 
 import argparse
@@ -135,20 +135,24 @@ def compiling(arch: int) -> Iterator[list[Row]]:
         yield rows
 
 
-def attention_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
+def attention_rows(
+    arch: int, width: int, dtype: torch.dtype, rope: int = 0, packed: bool = False
+) -> list[Row]:
     """Compile the attention core as its launchers do: 9 query heads over 3, or MLA's 9; a window.
 
     With rope, that many columns of queries and keys beside width are rotary; without, dq sums its
-    excess for MGA, which takes the most registers.
+    excess for MGA, which takes the most registers, and packed sequences have sinks.
     """
     heads, scale = 9 if rope else 3, (width + rope) ** -0.5
     q, k, v = (_meta(1, 4096, h, width, dtype=dtype) for h in (9, heads, heads))
     q_rope = _meta(1, 4096, 9, rope, dtype=dtype) if rope else None
     k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
+    sinks = _meta(9, dtype=torch.float32) if packed and not rope else None
+    masks = _meta(5, dtype=torch.int32) if packed else None, True, 1024
     with compiling(arch) as rows:
-        o, lse = launch_forward(q, k, v, q_rope, k_rope, None, None, True, 1024, scale)
+        o, lse = launch_forward(q, k, v, q_rope, k_rope, sinks, *masks, scale)
         launch_backward(
-            q, k, v, q_rope, k_rope, o, lse, o, lse, None, True, 1024, scale, with_excess=not rope
+            q, k, v, q_rope, k_rope, o, lse, o, lse, *masks, scale, with_excess=not rope
         )
     return rows
 
@@ -170,29 +174,37 @@ def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> lis
     return rows
 
 
-def fitness_rows(arch: int, width: int, dtype: torch.dtype) -> list[Row]:
-    """Compile the kernels of gene fitness: 9 heads, the query's environment, rotary, a window."""
+def fitness_rows(arch: int, width: int, dtype: torch.dtype, packed: bool = False) -> list[Row]:
+    """Compile the kernels of gene fitness: 9 heads, a window.
+
+    For a rotary selection in the query's environment, or of packed kin and no selection.
+    """
     g, pressure = _meta(1, 4096, 9, width, dtype=dtype), _meta(9, dtype=torch.float32)
     table, excess = (
         _meta(*shape, dtype=torch.float32) for shape in ((4096, width // 2), (9, 4096))
     )
-    genes = g, g, pressure, table, table, None
+    offsets = _meta(5, dtype=torch.int32)
+    genes = (g, None, None, None, None, offsets) if packed else (g, g, pressure, table, table, None)
+    how: dict[str, Any] = {"window_size": 1024, "environment": "kin" if packed else "query"}
     with compiling(arch) as rows:
-        q, k = launch_fitness(*genes, 1024, "query")
+        q, k = launch_fitness(*genes, **how)
         forward = len(rows)
-        launch_fitness_backward(*genes, q, k, excess, 1024, "query")
+        upstream = (q, None, None) if packed else (q, k, excess)
+        launch_fitness_backward(*genes, *upstream, **how)
     return rows[:forward] + rows[forward + 1 :]  # the backward sums up the genes once more
 
 
-def compiled_rows(arch: int, dtype: torch.dtype, width: int, rope: int) -> list[Row]:
-    """The rows of every kernel that serves these widths."""
+def compiled_rows(
+    arch: int, dtype: torch.dtype, width: int, rope: int, packed: bool = False
+) -> list[Row]:
+    """The rows of every kernel that serves these widths; decode's sequences are never packed."""
     rows = []
     if (width, rope) in WIDTHS + MLA_WIDTHS:
-        rows += attention_rows(arch, width, dtype, rope)
-    if (width, rope) in WIDTHS + LATENT_WIDTHS:
+        rows += attention_rows(arch, width, dtype, rope, packed)
+    if (width, rope) in WIDTHS + LATENT_WIDTHS and not packed:
         rows += decode_rows(arch, width, dtype, rope)
     if (width, rope) in WIDTHS:
-        rows += fitness_rows(arch, width, dtype)
+        rows += fitness_rows(arch, width, dtype, packed)
     return rows
 
 
@@ -267,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
     parser.add_argument("--width", nargs="+", choices=widths, default=list(widths))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--packed", action="store_true", help="the launches of packed sequences")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args(argv)
     rows = [
@@ -274,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arch in arguments.arch
         for dtype in arguments.dtype
         for width in arguments.width
-        for row in compiled_rows(arch, getattr(torch, dtype), *widths[width])
+        for row in compiled_rows(arch, getattr(torch, dtype), *widths[width], arguments.packed)
     ]
     print(report(rows))
     if arguments.json:

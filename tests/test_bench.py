@@ -72,6 +72,19 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
 
 
+def test_packed_launches_compile(tmp_path):
+    """Sinks, and fitness without selection, take branches that the report's others do not."""
+    file = tmp_path / "resources.json"
+    flags = ["--packed", "--arch", "90", "--width", "64", "--dtype", "bfloat16", "--json", file]
+    done = python("-m", "bench.resources", *flags, TRITON_INTERPRET="0")
+    assert file.exists(), done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    kernels = "forward", "delta", "dq", "dkdv", "totals", "fitness", "share", "dg"
+    assert [row["kernel"] for row in rows] == list(kernels)
+    for row in rows:  # fitness spills a little rather than leave out a second program
+        assert row["spill_bytes"] <= (64 if row["kernel"] in ("fitness", "share", "dg") else 0)
+
+
 GOOD_ROW = resources.Row(
     arch=90, kernel="dq", dtype="bfloat16", width="64", block_m=64, block_n=64, num_warps=4,
     num_stages=2, registers=150, spill_bytes=0, shared_bytes=49152, ctas_per_sm=3,
