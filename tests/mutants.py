@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRIMITIVES, FORWARD, BACKWARD, DECODE, FITNESS, PROBLEM, OP = (
+PRIMITIVES, FORWARD, BACKWARD, DECODE, FITNESS, WINDOWS, PROBLEM, OP = (
     f"kernels/{name}.py"
     for name in (
         "core/primitives", "core/forward", "core/backward", "core/decode", "core/fitness",
-        "core/problem", "attention",
+        "core/windows", "core/problem", "attention",
     )
 )  # fmt: skip
 MUTANTS = {
@@ -57,13 +57,13 @@ MUTANTS = {
     "decode: splits not weighed": (DECODE, "partial * tl.exp2(part_log2 - lse_log2)[:, None]",
                                    "partial / splits"),
     "decode: wrong value head": (DECODE, "k_head * v_heads // k_heads", "k_head % v_heads"),
-    "fitness: interior left out": (FITNESS, "range(bounds[1] // BLOCK,",
+    "fitness: interior left out": (WINDOWS, "range(bounds[1] // BLOCK,",
                                    "range(bounds[2] // BLOCK,"),
-    "fitness: a total too many": (FITNESS, "totals[1], bounds[2] // BLOCK",
+    "fitness: a total too many": (WINDOWS, "totals[1], bounds[2] // BLOCK",
                                   "totals[1], bounds[2] // BLOCK + 1"),
-    "fitness: one edge for both": (FITNESS, "range(bounds[2 * side], bounds[2 * side + 1]",
+    "fitness: one edge for both": (WINDOWS, "range(bounds[2 * side], bounds[2 * side + 1]",
                                    "range(bounds[2 * side], bounds[1]"),
-    "fitness: genes lose their last bits": (FITNESS, "BITS = tl.constexpr(3)",
+    "fitness: genes lose their last bits": (WINDOWS, "BITS = tl.constexpr(3)",
                                             "BITS = tl.constexpr(2)"),
     "fitness: every window full": (FITNESS, "population = (end - first)",
                                    "population = (0 * end + behind + 1)"),
@@ -90,7 +90,7 @@ def survives(file: str, old: str, new: str) -> bool:
     source = (ROOT / file).read_text()
     if source.count(old) != 1:
         raise ValueError(f"{file}: expected {old!r} once, got it {source.count(old)} times")
-    names = ("genetic",) if file == FITNESS else ("decode", "latent", "attention")
+    names = ("genetic",) if file in (FITNESS, WINDOWS) else ("decode", "latent", "attention")
     tests = [f"tests/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-k", "test_parity", *tests]
     with tempfile.TemporaryDirectory() as scratch:

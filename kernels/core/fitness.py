@@ -1,9 +1,4 @@
-"""The kernels of gene fitness, forward and backward, and their launchers.
-
-A windowed sum runs over the interval of tokens that `primitives.partner_range` gives, as attention
-does: tiles at its edges are masked, and of those in its interior only the totals are read. Nothing
-is ever subtracted, so no token outside a window changes a bit of its sum.
-"""
+"""The kernels of gene fitness, forward and backward, and their launchers."""
 
 from typing import Any
 
@@ -15,71 +10,25 @@ from torch import Tensor
 from kernels.core import tiles
 from kernels.core.primitives import (
     at_row_vector,
-    dot,
     head_matrix,
     load_rows,
     load_vector,
     locate_program,
     main_width,
-    meets,
     padded_width,
-    plan_tiles,
     scale_rows,
-    store_joint_rows,
     tile_partners,
-    zero_rows,
 )
 from kernels.core.problem import UNLIMITED, sequence_bounds
-
-TOTALS_AT_ONCE = 16
-BITS = tl.constexpr(3)  # bf16 numbers of 8 bits that make up an fp32 number of 24
-
-
-# Rows are two halves, which a rotation mixes and windowed sums take in turn, to save registers.
-
-
-@triton.jit
-def halves(matrix, D_FIRST: tl.constexpr):
-    """A matrix as two, its first D_FIRST columns and the others."""
-    ptr, stride, rows = matrix
-    return matrix, (ptr + D_FIRST, stride, rows)
-
-
-@triton.jit
-def load_half(matrix, start, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Rows start, start + 1, ... in fp32, zero where the matrix ends."""
-    rows = load_rows(matrix, start, BLOCK, D, True)
-    result = ()
-    for part in tl.static_range(len(rows)):
-        result = result + (rows[part].to(tl.float32),)
-    return result
-
-
-@triton.jit
-def load_halves(
-    matrix, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
-):  # fmt: skip
-    """Such rows, the tiles of the first half before those of the second."""
-    first, second = halves(matrix, D_FIRST)
-    rows = load_half(first, start, BLOCK, D_FIRST)
-    if D_SECOND:
-        rows = rows + load_half(second, start, BLOCK, D_SECOND)
-    return rows
-
-
-@triton.jit
-def store_halves(
-    matrix, rows, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
-):
-    """Write such rows."""
-    first, second = halves(matrix, D_FIRST)
-    store_joint_rows(first, second, rows, start, BLOCK, D_FIRST, D_SECOND)
-
-
-@triton.jit
-def total_matrix(ptr, batch, head, heads, blocks, D: tl.constexpr):
-    """One head of the contiguous [B, H, blocks, D] totals."""
-    return ptr + (tl.cast(batch, tl.int64) * heads + head) * blocks * D, D, blocks
+from kernels.core.windows import (
+    add_rows,
+    express,
+    load_halves,
+    store_halves,
+    sum_tile,
+    sum_windows,
+    total_matrix,
+)
 
 
 @triton.jit
@@ -91,42 +40,6 @@ def inside_columns(D: tl.constexpr):
     if REST:
         inside = inside + ((tl.arange(0, REST) < D - MAIN)[None, :],)
     return inside
-
-
-@triton.jit
-def express(logits):
-    """p = sigmoid(g)."""
-    genes = ()
-    for part in tl.static_range(len(logits)):
-        genes = genes + (tl.sigmoid(logits[part]),)
-    return genes
-
-
-@triton.jit
-def add_rows(a, b):
-    """a + b, tile by tile."""
-    result = ()
-    for part in tl.static_range(len(a)):
-        result = result + (a[part] + b[part],)
-    return result
-
-
-@triton.jit
-def sum_tile(rows):
-    """The sum of a tile's rows.  # [1, WIDTH] each"""
-    total = ()
-    for part in tl.static_range(len(rows)):
-        total = total + (tl.sum(rows[part], 0)[None, :],)
-    return total
-
-
-@triton.jit
-def sum_columns(rows):
-    """The sum of each row.  # [BLOCK]"""
-    total = 0.0
-    for part in tl.static_range(len(rows)):
-        total += tl.sum(rows[part], 1)
-    return total
 
 
 @triton.jit
@@ -151,71 +64,10 @@ def rotate(rows, cos, sin):
 
 
 @triton.jit
-def load_table(ptr, start, tokens, BLOCK: tl.constexpr, D_FIRST: tl.constexpr):
-    """Rows of a contiguous rotary table [T, D / 2]."""
-    return load_rows((ptr, D_FIRST, tokens), start, BLOCK, D_FIRST, True)
-
-
-@triton.jit
-def add_seen(sums, seen, rows):
-    """sums + seen rows: products with 0 and 1 of parts that lose no bit of the rows."""
-    seen = seen.to(tl.float32).to(tl.bfloat16)  # the interpreter knows no shorter way
-    result = ()
-    for part in tl.static_range(len(rows)):
-        total, rest = sums[part], rows[part]
-        for _ in tl.static_range(BITS):
-            piece = rest.to(tl.bfloat16)
-            total = dot(seen, piece, total, "ieee")
-            rest -= piece.to(tl.float32)
-        result = result + (total,)
-    return result
-
-
-@triton.jit
-def sum_windows_of_half(
-    matrix, totals, bounds, first, end,
-    BLOCK: tl.constexpr, D: tl.constexpr, ARE_GENES: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """`sum_windows` of D columns, between the `bounds` of `plan_tiles`."""
-    sums = zero_rows(BLOCK, D)
-    for side in tl.static_range(2):
-        for other in range(bounds[2 * side], bounds[2 * side + 1], BLOCK):
-            rows = load_half(matrix, other, BLOCK, D)
-            if ARE_GENES:
-                rows = express(rows)
-            sums = add_seen(sums, meets(first, end, other, BLOCK), rows)
-    interior = totals[0], totals[1], bounds[2] // BLOCK
-    for block in range(bounds[1] // BLOCK, bounds[2] // BLOCK, TOTALS_AT_ONCE):
-        rows = load_half(interior, block, TOTALS_AT_ONCE, D)
-        sums = add_rows(sums, sum_tile(rows))
-    return sums
-
-
-@triton.jit
-def sum_windows(
-    matrix, totals, start, reach, first, end,
-    BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
-    IS_VARLEN: tl.constexpr, ARE_GENES: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Sums over the tokens [first, end) that each token of a tile meets.
-
-    Args:
-        matrix: what is summed, of logits their genes.
-        totals: their sums over every BLOCK tokens.
-        start, reach, first, end: the tile, `partner_range`'s argument, and its result.
-    """
-    bounds = plan_tiles(start, matrix[2], reach, BLOCK, BLOCK, IS_VARLEN, ALIGNED=True)
-    first_half, second_half = halves(matrix, D_FIRST)
-    first_totals, second_totals = halves(totals, D_FIRST)
-    sums = sum_windows_of_half(
-        first_half, first_totals, bounds, first, end, BLOCK, D_FIRST, ARE_GENES, TOTALS_AT_ONCE
-    )
-    if D_SECOND:
-        sums = sums + sum_windows_of_half(
-            second_half, second_totals, bounds, first, end,
-            BLOCK, D_SECOND, ARE_GENES, TOTALS_AT_ONCE,
-        )  # fmt: skip
-    return sums
+def load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Rows of the contiguous rotary tables [T, D], where D is half a head's width."""
+    cos = load_rows((cos_ptr, D, tokens), start, BLOCK, D, True)
+    return cos, load_rows((sin_ptr, D, tokens), start, BLOCK, D, True)
 
 
 @triton.jit
@@ -229,20 +81,21 @@ def closed_form(u, logits, inside, HAS_ENVIRONMENT: tl.constexpr):
         for part in tl.static_range(1, len(logits)):
             most = tl.maximum(most, tl.max(tl.where(inside[part], logits[part], float("-inf")), 1))
         c = tl.minimum(most[:, None], 0.0)
-    weights = ()
+    weights, total = (), 0.0
     for part in tl.static_range(len(u)):
         weight = u[part]
         if HAS_ENVIRONMENT:
             weight /= tl.exp(c) + tl.exp(c - logits[part])
         weights = weights + (tl.where(inside[part], weight, 0.0),)
-    return scale_rows(weights, 1.0 / sum_columns(weights)[:, None])
+        total += tl.sum(weights[part], 1)
+    return scale_rows(weights, tl.expand_dims(1.0 / total, 1))
 
 
 @triton.jit
 def window_fitness(
     g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
     BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
-    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
+    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr,
 ):  # fmt: skip
     """gamma, u and n of a tile, whose windows reach `behind` tokens back."""
     tokens = g_matrix[2]
@@ -250,7 +103,7 @@ def window_fitness(
     first, end = tile_partners(start, tokens, reach, BLOCK, IS_VARLEN)
     sums = sum_windows(
         g_matrix, totals, start, reach, first, end,
-        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, True, TOTALS_AT_ONCE,
+        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, True,
     )  # fmt: skip
     population = (end - first).to(tl.float32)[:, None]
     u = ()
@@ -289,7 +142,7 @@ def fitness_kernel(
     batches, heads, tokens, blocks, behind, scale,
     D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    IS_ROTARY: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
+    IS_ROTARY: tl.constexpr,
 ):  # fmt: skip
     """gamma = u eps / sum_D u eps for BLOCK tokens of one head, where u = 1 / (phi + 1/2).
 
@@ -303,14 +156,13 @@ def fitness_kernel(
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
     q, _, _ = window_fitness(
         g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
-        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, TOTALS_AT_ONCE,
+        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN,
     )  # fmt: skip
     if SELECTS:
         q = scale_rows(q, tl.load(pressure_ptr + head).to(tl.float32) * scale)
         k = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
         if IS_ROTARY:
-            cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
-            sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
+            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, D_FIRST)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k_matrix = head_matrix(k_ptr, k_strides, batch, head, tokens)
         store_halves(k_matrix, k, start, BLOCK, D_FIRST, D_SECOND)
@@ -326,7 +178,7 @@ def share_kernel(
     batches, heads, tokens, blocks, behind, scale,
     D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    IS_ROTARY: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
+    IS_ROTARY: tl.constexpr,
 ):  # fmt: skip
     """What each of BLOCK tokens of one head owes every token of its window: dphi / n.
 
@@ -342,14 +194,13 @@ def share_kernel(
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D)
     gamma, u, population = window_fitness(
         g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
-        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, TOTALS_AT_ONCE,
+        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN,
     )  # fmt: skip
     dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, tokens)
     dgamma = load_halves(dq_matrix, start, BLOCK, D_FIRST, D_SECOND)
     if SELECTS:
         if IS_ROTARY:
-            cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
-            sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
+            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, D_FIRST)
             dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
         excess_ptr = at_row_vector(excess_ptr, batch, head, heads, tokens)
         excess = load_vector(excess_ptr, start, tokens, BLOCK, True)
@@ -384,7 +235,7 @@ def dg_kernel(
     batches, heads, tokens, blocks, behind,
     D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
     ARE_KIN: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    IS_ROTARY: tl.constexpr, TOTALS_AT_ONCE: tl.constexpr,
+    IS_ROTARY: tl.constexpr,
 ):  # fmt: skip
     """dg = p (1 - p) dp for BLOCK tokens of one head, plus the gradient of their kin's eps.
 
@@ -399,15 +250,14 @@ def dg_kernel(
     totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
     dp = sum_windows(
         share_matrix, totals, start, reach, first, end,
-        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, False, TOTALS_AT_ONCE,
+        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, False,
     )  # fmt: skip
     if SELECTS:
         dk = load_halves(
             head_matrix(dk_ptr, dk_strides, batch, head, tokens), start, BLOCK, D_FIRST, D_SECOND
         )
         if IS_ROTARY:
-            cos = load_table(cos_ptr, start, tokens, BLOCK, D_FIRST)
-            sin = load_table(sin_ptr, start, tokens, BLOCK, D_FIRST)
+            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, D_FIRST)
             dk = rotate(dk, cos, scale_rows(sin, -1.0))
         dp = add_rows(dp, dk)
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
@@ -537,7 +387,6 @@ def _row_arguments(
         "IS_VARLEN": cu_seqlens is not None,
         "SELECTS": selects,
         "IS_ROTARY": cos is not None,
-        "TOTALS_AT_ONCE": TOTALS_AT_ONCE,
         "BLOCK": tile.block_m,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
