@@ -53,7 +53,7 @@ FITNESS = {
     64: Tile(32, 32, 4, 1),
     96: Tile(16, 16, 8, 1),
     128: Tile(32, 32, 4, 1),
-    256: Tile(32, 32, 8, 1),
+    256: Tile(32, 32, 8, 1, 255),
 }
 # 128 registers let a second program of 8 warps in, more loads on their way.
 LARGE_FITNESS = FITNESS | {64: Tile(64, 64, 8, 1, 128), 96: Tile(64, 64, 8, 1)}
