@@ -6,7 +6,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from smollm.config import MECHANISMS, PRESETS, Mechanism, ModelConfig, build_model
+from smollm.attention import MECHANISMS
+from smollm.model.config import ModelConfig, build_model
+from smollm.training.config import PRESETS
 
 VOCAB_SIZE = 49152
 TOKENS = 64
@@ -15,7 +17,7 @@ TOKENS = 64
 def main() -> None:
     """Build each model in bfloat16, run a forward pass through it, and print its costs."""
     config = PRESETS["smollm2-135m"].model
-    costs = {mechanism.upper(): _costs(mechanism, config) for mechanism in MECHANISMS}
+    costs = {row.title: _costs(name, config) for name, row in MECHANISMS.items()}
     view = Table(title=f"SmolLM2-135M's shape, T = {config.max_seq_len}")
     view.add_column("")
     for mechanism in costs:
@@ -30,7 +32,7 @@ def main() -> None:
     )
 
 
-def _costs(mechanism: Mechanism, config: ModelConfig) -> dict[str, str]:
+def _costs(mechanism: str, config: ModelConfig) -> dict[str, str]:
     torch.manual_seed(0)
     model = build_model(mechanism, config, VOCAB_SIZE).to(torch.bfloat16).eval()
     ids = torch.randint(VOCAB_SIZE, (1, TOKENS))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smollm.rope import rotary_tables, token_positions
+from smollm.attention.rope import rotary_tables, token_positions
 
 
 def _random(

@@ -91,7 +91,7 @@ def survives(file: str, old: str, new: str) -> bool:
     if source.count(old) != 1:
         raise ValueError(f"{file}: expected {old!r} once, got it {source.count(old)} times")
     names = ("genetic",) if file in (FITNESS, WINDOWS) else ("decode", "latent", "attention")
-    tests = [f"tests/test_{name}.py" for name in names]
+    tests = [f"tests/kernels/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-k", "test_parity", *tests]
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "copy")

@@ -1,9 +1,13 @@
-"""The one-way arrows between the packages, and what the name `kernels` asks for."""
+"""The one-way arrows between packages and rooms, and what the name `kernels` asks for."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import kernels
+
 ROOT = Path(__file__).parent.parent
+ROOMS = ("studies", "training", "model", "data", "attention", "files")  # the top floor first
 HUGGING_FACE_SUBMODULES = {
     "layer", "utils", "benchmark", "compat", "deps", "install", "load", "status", "validate",
     "verify", "backends",
@@ -30,6 +34,12 @@ def from_package(names: set[str], package: str) -> set[str]:
     return {name for name in names if name == package or name.startswith(f"{package}.")}
 
 
+def modules(folder: str) -> dict[str, Path]:
+    """The files of a package by their dotted names."""
+    parts = {path: path.relative_to(ROOT).with_suffix("").parts for path in sources(folder)}
+    return {".".join(p[:-1] if p[-1] == "__init__" else p): path for path, p in parts.items()}
+
+
 def test_kernels_import_no_model():
     for path in sources("kernels"):
         assert not from_package(imports(path), "smollm"), path
@@ -47,18 +57,42 @@ def test_the_core_stands_without_the_reference():
 
 
 def test_models_use_the_public_ops_alone():
-    import kernels
-
     public = {f"kernels.{name}" for name in kernels.__all__}
     for path in [*sources("smollm"), ROOT / "train.py"]:
         assert from_package(imports(path), "kernels") <= public, path
 
 
-def test_the_model_knows_no_training():
-    library = ("attention", "cache", "generate", "layers", "model", "padding", "rope")
-    for name in library:
-        used = from_package(imports(ROOT / "smollm" / f"{name}.py"), "smollm")
-        assert {use.split(".")[1] for use in used} <= set(library), name
+def test_a_room_imports_only_rooms_below_it():
+    entries = {
+        path.stem for path in (ROOT / "smollm").iterdir() if path.suffix or any(path.iterdir())
+    }
+    assert entries - {"__init__", "__main__", "__pycache__"} == set(ROOMS)
+    for name, path in modules("smollm").items():
+        room = name.split(".")[1:2]
+        if room and room != ["__main__"]:
+            below = ROOMS[ROOMS.index(room[0]) :]
+            used = from_package(imports(path), "smollm")
+            assert {use.split(".")[1] for use in used} <= set(below), name
+
+
+def test_no_circle_of_imports():
+    """Not even one that a late import would open."""
+    for package in ("kernels", "smollm", "bench"):
+        files = modules(package)
+        graph = {
+            name: {
+                used if used in files else used.rpartition(".")[0]
+                for used in from_package(imports(path), package)
+            }
+            for name, path in files.items()
+        }
+        TopologicalSorter(graph).prepare()
+
+
+def test_no_file_outgrows_its_room():
+    for folder, most in (("smollm", 350), ("kernels", 420)):
+        for path in sources(folder):
+            assert len(path.read_text().splitlines()) <= most, path
 
 
 def test_kernels_can_be_told_from_hugging_faces():

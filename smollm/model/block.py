@@ -5,9 +5,9 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smollm.attention import NORM_EPS, Attention
-from smollm.cache import LayerCache
-from smollm.rope import Rope
+from smollm.attention.base import NORM_EPS, Attention
+from smollm.attention.cache import LayerCache
+from smollm.attention.rope import Rope
 
 NormStrategy = Literal["pre", "post", "sandwich"]
 

@@ -1,74 +1,23 @@
-"""The configuration of a study, its presets, and the models that it describes.
+"""The configuration of a study and its presets.
 
 Every field is a flag of train.py; its docstring is the flag's help.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
-from smollm.attention import (
-    Attention,
-    GroupedQueryAttention,
-    MultiHeadAttention,
-    MultiHeadGeneticAttention,
-    MultiHeadLatentAttention,
-)
-from smollm.layers import NormStrategy
-from smollm.model import SmolLM, create_smollm_with_attention
+from smollm.attention import MECHANISMS
+from smollm.model.config import ModelConfig, build_model
 
-Mechanism = Literal["mha", "gqa", "mla", "mga"]
 Preset = Literal["cpu", "ablation", "smollm2-135m"]
-QKNormChoice = Literal["none", "layer", "rms"]
-MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the models; each mechanism reads the fields that concern it."""
-
-    embed_dim: int = 576
-    """Model width."""
-    num_layers: int = 4
-    """Transformer blocks."""
-    num_heads: int = 9
-    """(Query) heads of every mechanism."""
-    num_kv_heads: int = 3
-    """GQA: key and value heads."""
-    latent_dim: int = 288
-    """MLA: width of the latent that the cache holds."""
-    rope_dim: int = 32
-    """MLA: width of the rotary part; 0 for none."""
-    q_latent_dim: int | None = None
-    """MLA: width of a latent that queries are expanded from; none by default."""
-    num_value_heads: int | None = None
-    """MGA: value heads; as many as heads by default."""
-    environment: Literal["query", "kin", "none"] = "query"
-    """MGA: what re-weighs the fitness of genes."""
-    selection_pressure: float = 4.0
-    """MGA: initial selection pressure of every head."""
-    genetic_window_size: int = 128
-    """MGA: tokens in the window, which it always has."""
-    window_size: int | None = None
-    """MHA, GQA and MLA: tokens in the sliding window; full attention by default."""
-    qk_norm: QKNormChoice = "none"
-    """MHA, GQA and MLA: normalise queries and keys per head ("layer" or "rms")."""
-    norm_strategy: NormStrategy = "pre"
-    """Where a block's norms stand: before a branch, after it, or both."""
-    ffn_hidden_dim: int = 1536
-    """Inner width of the SwiGLU."""
-    max_seq_len: int = 2048
-    """Longest sequence that the model accepts."""
-    rope_theta: float = 100_000.0
-    """Base of the rotary embedding."""
-    bias: bool = False
-    """Biases in attention and MLP."""
-    dropout: float = 0.0
-    """Dropout on embeddings and branch outputs."""
-    tie_embeddings: bool = True
-    """The output head shares the embedding's weights."""
+Variants = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(constructor=tuple[Literal[tuple(MECHANISMS)], ...]),  # type: ignore[misc]
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +80,7 @@ class Config:
     preset: Preset = "ablation"
     """Where the other flags' defaults come from: "cpu" (about 2 minutes on 2 cores, the default
     without a GPU), "ablation" (the default with one), "smollm2-135m" (the full model)."""
-    variants: tuple[Mechanism, ...] = MECHANISMS
+    variants: Variants = tuple(MECHANISMS)
     """Mechanisms to train, in this order."""
     only_mga: bool = False
     """Short for --variants mga."""
@@ -141,7 +90,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
-    def mechanisms(self) -> tuple[Mechanism, ...]:
+    def mechanisms(self) -> tuple[str, ...]:
         """The mechanisms to train."""
         return ("mga",) if self.only_mga else self.variants
 
@@ -149,7 +98,7 @@ class Config:
 PRESETS: dict[Preset, Config] = {
     "cpu": Config(
         preset="cpu",
-        model=ModelConfig(
+        model=ModelConfig.of(
             embed_dim=144,
             latent_dim=72,
             rope_dim=8,
@@ -170,7 +119,7 @@ PRESETS: dict[Preset, Config] = {
     "ablation": Config(preset="ablation"),
     "smollm2-135m": Config(
         preset="smollm2-135m",
-        model=ModelConfig(num_layers=30, genetic_window_size=256),
+        model=ModelConfig.of(num_layers=30, genetic_window_size=256),
         train=TrainConfig(
             seq_len=2048,
             batch_size=8,
@@ -182,69 +131,6 @@ PRESETS: dict[Preset, Config] = {
         ),
     ),
 }
-
-
-def build_attention(mechanism: Mechanism, config: ModelConfig) -> Attention:
-    """A prototype of the mechanism.
-
-    Raises:
-        ValueError: the fields do not fit together.
-    """
-    shape = (config.embed_dim, config.num_heads)
-    common: dict[str, Any] = {
-        "dropout": config.dropout,
-        "bias": config.bias,
-        "rope_theta": config.rope_theta,
-    }
-    if mechanism == "mga":
-        if config.qk_norm != "none":
-            raise ValueError(
-                f"qk_norm: expected 'none' with mga, whose genes have no such norm, got "
-                f"{config.qk_norm!r}; choose the others with --variants"
-            )
-        return MultiHeadGeneticAttention(
-            *shape,
-            config.genetic_window_size,
-            config.num_value_heads,
-            environment=config.environment,
-            selection_pressure=config.selection_pressure,
-            **common,
-        )
-    common |= {
-        "use_sliding_window": config.window_size is not None,
-        "window_size": config.window_size,
-        "qk_norm": {"none": False, "layer": True, "rms": "rms"}[config.qk_norm],
-        "is_causal": True,
-    }
-    if mechanism == "mha":
-        return MultiHeadAttention(*shape, **common)
-    if mechanism == "gqa":
-        return GroupedQueryAttention(*shape, config.num_kv_heads, **common)
-    if mechanism == "mla":
-        return MultiHeadLatentAttention(
-            *shape, config.latent_dim, config.rope_dim, config.q_latent_dim, **common
-        )
-    raise ValueError(f"mechanism: expected one of {MECHANISMS}, got {mechanism!r}")
-
-
-def build_model(mechanism: Mechanism, config: ModelConfig, vocab_size: int) -> SmolLM:
-    """A freshly initialised SmolLM with the mechanism.
-
-    Raises:
-        ValueError: the fields do not fit together.
-    """
-    return create_smollm_with_attention(
-        build_attention(mechanism, config),
-        vocab_size=vocab_size,
-        embed_dim=config.embed_dim,
-        num_layers=config.num_layers,
-        ffn_hidden_dim=config.ffn_hidden_dim,
-        max_seq_len=config.max_seq_len,
-        dropout=config.dropout,
-        use_bias=config.bias,
-        tie_embeddings=config.tie_embeddings,
-        norm_strategy=config.norm_strategy,
-    )
 
 
 def check_config(config: Config, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from test_modules import MODULES, WIDTH, every_module
 from torch import nn
 
 from smollm import GroupedQueryAttention, MultiHeadAttention, create_smollm_with_attention
-from smollm.model import visible_pairs
+from smollm.model.model import visible_pairs
 
 VOCAB = 31
 

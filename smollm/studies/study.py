@@ -17,11 +17,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from smollm import report
-from smollm.config import PRESETS, Config, Preset, check_config
 from smollm.data import Corpus, load_corpus
 from smollm.files import write_json
-from smollm.train import Run, make_progress, train_run
+from smollm.studies import report
+from smollm.training.config import PRESETS, Config, Preset, check_config
+from smollm.training.run import Run, make_progress, train_run
 
 INTERRUPTED = 130
 
@@ -117,7 +117,7 @@ def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, 
             "train_tokens": corpus.train.tokens,
             "val_tokens": corpus.val.tokens,
         },
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"model": config.model.flags},
     }
 
 

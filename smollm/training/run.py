@@ -18,11 +18,13 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from smollm import metrics
-from smollm.checkpoint import save_model
-from smollm.config import Config, Mechanism, TrainConfig, build_model
+from smollm.attention import MECHANISMS
 from smollm.data import Corpus
 from smollm.model import SmolLM
+from smollm.model.checkpoint import save_model
+from smollm.model.config import build_model
+from smollm.training import metrics
+from smollm.training.config import Config, TrainConfig
 
 UNTIMED_STEPS = 5  # kernels load and allocators fill during the first steps
 
@@ -31,7 +33,7 @@ UNTIMED_STEPS = 5  # kernels load and allocators fill during the first steps
 class Run:
     """What a run has measured so far; None where it did not come to that."""
 
-    mechanism: Mechanism
+    mechanism: str
     parameters: int
     flops_per_token: int  # forward and backward
     status: str = "running"  # then "finished", "interrupted" or "diverged"
@@ -52,6 +54,11 @@ class Run:
     cache_bytes_per_token: int | None = None
     sample: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """What tables and plots call it."""
+        return MECHANISMS[self.mechanism].title
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -78,7 +85,7 @@ def make_optimizer(model: SmolLM, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def train_run(
-    mechanism: Mechanism,
+    mechanism: str,
     config: Config,
     corpus: Corpus,
     device: torch.device,
@@ -100,7 +107,7 @@ def train_run(
     )
     folder = config.output_dir / mechanism
     folder.mkdir(parents=True, exist_ok=True)
-    display = _Display(progress, mechanism, train.steps)
+    display = _Display(progress, run.title, train.steps)
     start = time.perf_counter()
     with metrics.MetricsLog(folder / "metrics.jsonl") as log:
         try:
@@ -235,9 +242,9 @@ class _Stopwatch:
 class _Display:
     """A run's line in the live display; validations are printed above it and stay."""
 
-    def __init__(self, progress: Progress, mechanism: Mechanism, steps: int) -> None:
+    def __init__(self, progress: Progress, title: str, steps: int) -> None:
         self._progress = progress
-        self._task: TaskID = progress.add_task(f"{mechanism.upper():4}", total=steps, facts="")
+        self._task: TaskID = progress.add_task(f"{title:4}", total=steps, facts="")
 
     def show(self, run: Run, record: dict[str, Any], memory: int) -> None:
         facts = [f"loss {record['loss']:.3f}", f"lr {record['lr']:.1e}"]
@@ -249,7 +256,7 @@ class _Display:
         self._progress.update(self._task, completed=run.steps, facts="  ".join(facts))
         if "val_loss" in record:
             self._progress.console.print(
-                f"{run.mechanism.upper():4} step {run.steps:>6,}  train {record['loss']:.3f}  "
+                f"{run.title:4} step {run.steps:>6,}  train {record['loss']:.3f}  "
                 f"validation {record['val_loss']:.3f}  {record['bits_per_byte']:.3f} bits/byte"
             )
 

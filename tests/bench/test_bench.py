@@ -14,7 +14,7 @@ from bench import costs, resources, results
 from kernels.reference import visible
 from tests.cases import AttentionCase, DecodeCase, GeneticCase, LatentCase
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MULTIPLYING = "forward", "dq", "dkdv", "decode", "fitness", "share", "dg"  # kernels with products
 
 

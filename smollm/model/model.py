@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smollm.attention import NORM_EPS, Attention, init_linear
-from smollm.cache import Cache
-from smollm.layers import Block, NormStrategy, SwiGLU
-from smollm.padding import packing
-from smollm.rope import token_positions
+from smollm.attention.base import NORM_EPS, Attention, init_linear
+from smollm.attention.cache import Cache
+from smollm.attention.padding import packing
+from smollm.attention.rope import token_positions
+from smollm.model.block import Block, NormStrategy, SwiGLU
+from smollm.model.generate import Generator
 
 IGNORED = -100
 
@@ -62,7 +63,7 @@ def create_smollm_with_attention(
     )
 
 
-class SmolLM(nn.Module):
+class SmolLM(Generator):
     """A causal language model; see `create_smollm_with_attention` for the arguments."""
 
     def __init__(
@@ -213,33 +214,6 @@ class SmolLM(nn.Module):
         """An empty cache for batch_size sequences of at most max_tokens tokens each."""
         windows = [attention.window_size for attention in self.attentions]
         return Cache(windows, batch_size, max_tokens, self.embed_tokens.weight.device)
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int,
-        *,
-        attention_mask: Tensor | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | None = None,
-        use_cache: bool = True,
-    ) -> Tensor:
-        """Continue each prompt: [B, T] -> [B, T + max_new_tokens]; see `generate.generate`."""
-        from smollm.generate import generate
-
-        return generate(
-            self,
-            input_ids,
-            max_new_tokens,
-            attention_mask=attention_mask,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            use_cache=use_cache,
-        )
 
     @property
     def attentions(self) -> list[Attention]:

@@ -17,13 +17,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from smollm import metrics, report, study
-from smollm.checkpoint import load_model, save_model
-from smollm.config import MECHANISMS, PRESETS, ModelConfig, TrainConfig, build_model, check_config
-from smollm.train import learning_rate, make_optimizer
+from smollm.attention import MECHANISMS
+from smollm.model.checkpoint import load_model, save_model
+from smollm.model.config import ModelConfig, build_model
+from smollm.studies import report, study
+from smollm.training import metrics
+from smollm.training.config import PRESETS, TrainConfig, check_config
+from smollm.training.run import learning_rate, make_optimizer
 
-ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+SMALL = ModelConfig(embed_dim=36, num_layers=1, ffn_hidden_dim=48)
 TINY = [
     "--preset=cpu", "--embed-dim=36", "--num-layers=1", "--ffn-hidden-dim=48", "--seq-len=32",
     "--batch-size=2", "--steps=6", "--warmup-steps=2", "--log-every=2", "--val-every=3",
@@ -149,7 +152,7 @@ def test_a_run_that_diverges_says_so(data_dir, tmp_path):
 
 def test_evaluation_counts_every_target_once(corpus):
     train = TrainConfig(seq_len=32, batch_size=3, val_tokens=320, device="cpu")
-    model = build_model("gqa", ModelConfig(36, 1, 9, 3, ffn_hidden_dim=48), corpus.vocab_size)
+    model = build_model("gqa", SMALL, corpus.vocab_size)
     measured = metrics.evaluate(model, corpus, train)
     ids = torch.cat(list(corpus.val.sequential(1, 32)))[:10]
     with torch.no_grad():
@@ -171,7 +174,7 @@ def test_the_schedule_warms_up_holds_and_decays():
 
 
 def test_what_decays():
-    model = build_model("mga", ModelConfig(36, 1, 9, qk_norm="none", ffn_hidden_dim=48), 50)
+    model = build_model("mga", SMALL, 50)
     decayed, others = (
         group["params"] for group in make_optimizer(model, TrainConfig()).param_groups
     )
@@ -256,8 +259,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     torch.save({"weights": 1}, path)
     with pytest.raises(ValueError, match="expected a model saved by save_model"):
         load_model(path)
-    config = ModelConfig(36, 1, 9, ffn_hidden_dim=48)
-    save_model(path, build_model("mha", config, 50), "mha", config, note="kept")
+    save_model(path, build_model("mha", SMALL, 50), "mha", SMALL, note="kept")
     assert torch.load(path, weights_only=True)["note"] == "kept"
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
@@ -267,9 +269,9 @@ def test_help_explains_every_flag():
         [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for part in (ModelConfig, TrainConfig):
-        for field in dataclasses.fields(part):
-            assert f"--{field.name.replace('_', '-')}" in done.stdout, field.name
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in [*names, *ModelConfig().flags]:
+        assert f"--{name.replace('_', '-')}" in done.stdout, name
 
 
 def test_the_cost_table():

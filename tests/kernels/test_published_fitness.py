@@ -32,7 +32,7 @@ def test_unscaled_selection_by_the_closed_form_is_the_published_first_form():
 
 
 def test_the_example_of_the_readme():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.9, 0.1], [0.6, 0.8]], dtype=torch.float64)
     g, identity = torch.logit(p)[None, :, None], torch.eye(4, dtype=torch.float64)[None, :, None]
     e = torch.logit(torch.tensor([0.9, 0.1], dtype=torch.float64)).expand_as(g)

@@ -1,18 +1,17 @@
 """Trained models to keep."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smollm.config import Mechanism, ModelConfig, build_model
 from smollm.files import write_atomically
-from smollm.model import SmolLM
+from smollm.model.config import ModelConfig, build_model
+from smollm.model.model import SmolLM
 
 
 def save_model(
-    path: Path, model: SmolLM, mechanism: Mechanism, config: ModelConfig, **about: Any
+    path: Path, model: SmolLM, mechanism: str, config: ModelConfig, **about: Any
 ) -> None:
     """Save weights and everything that rebuilds the model, for `load_model`.
 
@@ -24,7 +23,7 @@ def save_model(
     """
     content = {
         "mechanism": mechanism,
-        "model_config": dataclasses.asdict(config),
+        "model_config": config.flags,
         "vocab_size": model.vocab_size,
         "state_dict": model.state_dict(),
         **about,
@@ -41,7 +40,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> SmolLM:
     content = torch.load(path, map_location=device, weights_only=True)
     try:
         model = build_model(
-            content["mechanism"], ModelConfig(**content["model_config"]), content["vocab_size"]
+            content["mechanism"], ModelConfig.of(**content["model_config"]), content["vocab_size"]
         )
         model.load_state_dict(content["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:

@@ -12,10 +12,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from smollm.config import TrainConfig
+from smollm.attention.rope import token_positions
 from smollm.data import Corpus, document_boundaries
 from smollm.model import SmolLM
-from smollm.rope import token_positions
+from smollm.training.config import TrainConfig
 
 # Dense bf16 FLOP/s by the vendors' datasheets, for MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}

@@ -12,9 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smollm import data
-from smollm.data import Corpus, load_corpus, prepare_builtin, prepare_corpus
-from smollm.shards import TokenWindows, document_boundaries, open_shard, write_shard
+from smollm.data import Corpus, load_corpus, prepare, prepare_builtin, prepare_corpus, sources
+from smollm.data.shards import TokenWindows, document_boundaries, open_shard, write_shard
 
 
 def shard(tmp_path, tokens, name="train_000000.bin"):
@@ -160,11 +159,11 @@ def test_the_builtin_corpus_is_the_same_every_time(corpus, tmp_path):
 
 
 def test_another_pythons_text_is_replaced(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_python_documents", lambda: (f"document {i}" for i in range(300)))
+    monkeypatch.setattr(prepare, "python_documents", lambda: (f"document {i}" for i in range(300)))
     folder = prepare_builtin(tmp_path)
     about = json.loads((folder / "corpus.json").read_text())
     (folder / "corpus.json").write_text(json.dumps(about | {"python": "2.7.18"}))
-    monkeypatch.setattr(data, "_python_documents", lambda: (f"newer {i}" for i in range(300)))
+    monkeypatch.setattr(prepare, "python_documents", lambda: (f"newer {i}" for i in range(300)))
     assert Corpus(prepare_builtin(tmp_path)).sha256 != about["sha256"]
 
 
@@ -196,7 +195,7 @@ def test_parquet_becomes_shards(parquet, tokenizer_file, tmp_path):
     texts = [t for path in parquet for t in datasets.Dataset.from_parquet(str(path))["text"]]
     ids = np.concatenate(corpus.train._shards).tolist()
     decoded = corpus.tokenizer.decode(ids, skip_special_tokens=False).split("<|endoftext|>")[:-1]
-    held = [t for t in texts if data._held_out(t, 5)]
+    held = [t for t in texts if prepare._held_out(t, 5)]
     assert decoded == [t for t in texts if t not in held] and 0 < len(held) < 30
     assert load_corpus("auto", tmp_path).name == "mine"
     assert load_corpus("mine", tmp_path).sha256 == corpus.sha256
@@ -232,7 +231,7 @@ def test_an_interrupted_preparation_leaves_nothing(parquet, tokenizer_file, tmp_
         yield from (f"document {i}" for i in range(700))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_parquet_texts", stream)
+    monkeypatch.setattr(prepare, "parquet_texts", stream)
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus("mine", 1, tmp_path, data_files=parquet, tokenizer=tokenizer_file)
     assert list(tmp_path.iterdir()) == []
@@ -244,7 +243,7 @@ def test_without_a_network_the_offline_choice_is_named(tokenizer_file, tmp_path,
     def offline(*arguments, **keywords):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(data, "_reach_hub", lambda: None)
+    monkeypatch.setattr(sources, "_reach_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
         ConnectionError, match=re.escape("`python train.py` trains on its built-in")
@@ -260,7 +259,7 @@ def test_the_hub_files_asked_for(tokenizer_file, tmp_path, monkeypatch):
         asked.update(source=source, files=data_files["train"])
         return [{"text": f"document {i}"} for i in range(900)]
 
-    monkeypatch.setattr(data, "_reach_hub", lambda: None)
+    monkeypatch.setattr(sources, "_reach_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     prepare_corpus("fineweb-edu-dedup", 2, tmp_path, tokenizer=tokenizer_file)
     assert asked == {

@@ -12,8 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
+from smollm.attention import MECHANISMS
 from smollm.files import write_atomically
-from smollm.train import Run
+from smollm.training.run import Run
 
 Format = Callable[[Any], str]
 
@@ -23,7 +24,7 @@ def _mib(value: float) -> str:
 
 
 COLUMNS: list[tuple[str, str, Format]] = [
-    ("Model", "mechanism", str.upper),
+    ("Model", "title", str),
     ("Loss", "val_loss", "{:.4f}".format),
     ("Perplexity", "perplexity", "{:,.2f}".format),
     ("Bits/byte", "bits_per_byte", "{:.4f}".format),
@@ -36,7 +37,6 @@ COLUMNS: list[tuple[str, str, Format]] = [
     ("Grad max", "gradient_norm_max", "{:.3f}".format),
 ]
 NOTE = "Loss is validation's, in nats per token; a cache row lasts for a window where there is one."
-COLORS = {"mha": "#4269d0", "gqa": "#efb118", "mla": "#ff725c", "mga": "#3ca951"}
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
@@ -45,9 +45,7 @@ def rows(runs: list[Run]) -> list[list[str]]:
     def cell(run: Run, name: str, form: Format) -> str:
         value = getattr(run, name)
         text = "-" if value is None else form(value)
-        return (
-            f"{text} ({run.status})" if name == "mechanism" and run.status != "finished" else text
-        )
+        return f"{text} ({run.status})" if name == "title" and run.status != "finished" else text
 
     return [[cell(run, name, form) for _, name, form in COLUMNS] for run in runs]
 
@@ -86,7 +84,9 @@ def best(runs: list[Run]) -> dict[str, str]:
 
 def best_lines(runs: list[Run]) -> list[str]:
     """One sentence per winner."""
-    return [f"Best model by {aspect}: {name.upper()}" for aspect, name in best(runs).items()]
+    return [
+        f"Best model by {aspect}: {MECHANISMS[name].title}" for aspect, name in best(runs).items()
+    ]
 
 
 def write_report(folder: Path, runs: list[Run], about: dict[str, str]) -> None:
@@ -113,7 +113,7 @@ def write_report(folder: Path, runs: list[Run], about: dict[str, str]) -> None:
         lines += ["", "## Samples", "", "Greedy continuations of one held-out prompt."]
     for run in samples:
         quoted = (run.sample or "").replace("```", "` ` `")
-        lines += ["", f"{run.mechanism.upper()}:", "", "```text", quoted, "```"]
+        lines += ["", f"{run.title}:", "", "```text", quoted, "```"]
     text = "\n".join(lines) + "\n"
     write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
 
@@ -121,7 +121,7 @@ def write_report(folder: Path, runs: list[Run], about: dict[str, str]) -> None:
 def _plot_loss(path: Path, runs: list[Run]) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for run in runs:
-        color = COLORS[run.mechanism]
+        color = MECHANISMS[run.mechanism].color
         tokens = [record["tokens"] for record in run.history]
         axes.plot(tokens, [record["loss"] for record in run.history], color=color, alpha=0.35)
         checked = [record for record in run.history if "val_loss" in record]
@@ -130,7 +130,7 @@ def _plot_loss(path: Path, runs: list[Run]) -> None:
             [record["val_loss"] for record in checked],
             color=color,
             marker="o",
-            label=run.mechanism.upper(),
+            label=run.title,
         )
     axes.set_xlabel("training tokens")
     axes.xaxis.set_major_formatter(EngFormatter())
@@ -150,9 +150,9 @@ def _plot_bars(path: Path, runs: list[Run]) -> None:
     for axes, (name, unit, title, label) in zip(panels, bars, strict=True):
         measured = [run for run in runs if getattr(run, name) is not None]
         drawn = axes.bar(
-            [run.mechanism.upper() for run in measured],
+            [run.title for run in measured],
             [getattr(run, name) / unit for run in measured],
-            color=[COLORS[run.mechanism] for run in measured],
+            color=[MECHANISMS[run.mechanism].color for run in measured],
         )
         axes.bar_label(drawn, fmt="{:,.0f}")
         axes.set_title(title)

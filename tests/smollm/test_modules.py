@@ -1,6 +1,7 @@
 """The four modules alone: causality, padding, packing, norms, refusals."""
 
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from smollm import (
     MultiHeadGeneticAttention,
     MultiHeadLatentAttention,
 )
+from smollm.attention import MECHANISMS, SharedOptions
+from smollm.model.config import ModelConfig
 
 WIDTH = 24
 WINDOW = {"use_sliding_window": True, "window_size": 3}
@@ -186,3 +189,24 @@ def test_refusal(call, text):
 def test_an_additive_mask_is_refused():
     with pytest.raises(TypeError, match="attention_mask: expected booleans or integers"):
         MultiHeadAttention(WIDTH, 6)(X, torch.zeros(2, 5))
+
+
+def test_no_two_mechanisms_share_a_flag():
+    own = [field.name for row in MECHANISMS.values() for field in fields(row.options)]
+    shared = [field.name for field in fields(SharedOptions)]
+    assert len(own + shared) == len({*own, *shared})
+
+
+def test_a_config_goes_through_its_flags_and_back():
+    config = ModelConfig.of(embed_dim=36, num_kv_heads=9, environment="kin", window_size=5)
+    assert config.flags["num_kv_heads"] == 9 and ModelConfig.of(**config.flags) == config
+    assert MECHANISMS["gqa"].build(config, config.mechanisms["gqa"]).num_kv_heads == 9
+    with pytest.raises(TypeError, match="num_genes"):
+        ModelConfig.of(num_genes=3)
+
+
+def test_multi_head_attention_takes_the_arguments_of_grouped():
+    module = MultiHeadAttention(WIDTH, 6, 0.5, False, True, 3, "rms")
+    assert (module.dropout.p, module.window_size, module.num_kv_heads) == (0.5, 3, 6)
+    with pytest.raises(TypeError):
+        MultiHeadAttention(WIDTH, 6, num_kv_heads=2)

@@ -1,0 +1,200 @@
+"""What every mechanism shares: its options, padding, positions, output, initialisation."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from smollm.attention.cache import LayerCache
+from smollm.attention.padding import packing
+from smollm.attention.rope import Rope, rotary_tables, token_positions
+
+QKNorm = bool | Literal["rms"]
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """What a model tells every mechanism; each field is a flag of train.py."""
+
+    embed_dim: int = 576
+    """Model width."""
+    num_heads: int = 9
+    """(Query) heads of every mechanism."""
+    window_size: int | None = None
+    """Tokens in the sliding window of a mechanism that has none of its own; full attention by
+    default."""
+    qk_norm: Literal["none", "layer", "rms"] = "none"
+    """Normalise the queries and keys of a mechanism that has them, per head ("layer" or "rms")."""
+    rope_theta: float = 100_000.0
+    """Base of the rotary embedding."""
+    bias: bool = False
+    """Biases in attention and MLP."""
+    dropout: float = 0.0
+    """Dropout on embeddings and branch outputs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that are a mechanism's own, by default none.
+
+    Each field is a flag of train.py, so no two mechanisms have one of the same name.
+    """
+
+    def arguments(self, shared: SharedOptions) -> dict[str, Any]:
+        """The module's keyword arguments; own fields by their own names.
+
+        Raises:
+            ValueError: a shared option that the mechanism lacks.
+        """
+        return {
+            "embed_dim": shared.embed_dim,
+            "num_heads": shared.num_heads,
+            "use_sliding_window": shared.window_size is not None,
+            "window_size": shared.window_size,
+            "qk_norm": {"none": False, "layer": True, "rms": "rms"}[shared.qk_norm],
+            "rope_theta": shared.rope_theta,
+            "bias": shared.bias,
+            "dropout": shared.dropout,
+            "is_causal": True,
+            **vars(self),
+        }
+
+
+class Attention(nn.Module):
+    """What every mechanism shares: padding, positions, the output projection, initialisation.
+
+    A mechanism implements `heads`. A SmolLM calls `forward` with rope tables for the whole
+    stack; alone, a module makes its own.
+    """
+
+    out_proj: nn.Linear
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        dropout: float,
+        window_size: int | None,
+        is_causal: bool,
+        rope_dim: int,
+        rope_theta: float,
+    ) -> None:
+        super().__init__()
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+        if window_size is not None and window_size < 1:
+            raise ValueError(f"window_size: expected >= 1 (it counts itself), got {window_size}")
+        if rope_dim % 2:
+            raise ValueError(f"rotary width: expected an even number, got {rope_dim}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.window_size = window_size
+        self.is_causal = is_causal
+        self.rope_dim = rope_dim  # 0 for a mechanism that does not rotate
+        self.rope_theta = rope_theta
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rope: Rope | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [B, T, embed_dim].
+            attention_mask: [B, T], True at real tokens, padding at the ends. Default none.
+            rope: rotary tables of the tokens' positions. Default: counted from each start.
+            cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1.
+            cache: this layer's cache; with it x continues the sequences that it holds.
+
+        Returns:
+            [B, T, embed_dim]; zeros at padding.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, or a mask that is not padding at the ends.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x: expected [B, T, embed_dim={self.embed_dim}], got {list(x.shape)}")
+        if attention_mask is not None:
+            if rope is not None or cu_seqlens is not None or cache is not None:
+                raise ValueError("attention_mask: expected None beside rope, cu_seqlens or cache")
+            packed = packing(attention_mask, x.shape[0], x.shape[1])
+            if packed is not None:
+                return packed.unpack(self(packed.pack(x), cu_seqlens=packed.cu_seqlens))
+        if rope is None:
+            if cache is not None:
+                raise ValueError("rope: expected the tables of the tokens' positions, got None")
+            rope = self.rope(token_positions(x.shape[1], cu_seqlens, device=x.device))
+        heads = self.heads(x, rope, cu_seqlens, cache)
+        merged: Tensor = self.out_proj(rearrange(heads, "b t h d -> b t (h d)"))
+        dropped: Tensor = self.dropout(merged)
+        return dropped
+
+    def heads(
+        self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        """Each head's output, [B, T, H, D_V]."""
+        raise NotImplementedError
+
+    def rope(self, positions: Tensor) -> Rope:
+        """Rotary tables for positions [...], each [..., rope_dim / 2]."""
+        return rotary_tables(positions, self.rope_dim, self.rope_theta)
+
+    def score_and_value_width(self) -> int:
+        """Multiply-adds per query-key pair: H (D_QK + D_V)."""
+        return 2 * self.num_heads * self.head_dim
+
+    def reset_parameters(self) -> None:
+        """Draw projections from N(0, 1 / embed_dim); zero the biases; unit norms."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module, self.embed_dim)
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.reset_parameters()
+
+
+def init_linear(linear: nn.Linear, embed_dim: int) -> None:
+    """The one initialisation of every projection: N(0, 1 / embed_dim), zero bias."""
+    nn.init.normal_(linear.weight, std=embed_dim**-0.5)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * D] -> [B, T, heads, D]."""
+    return rearrange(x, "b t (h d) -> b t h d", h=heads)
+
+
+def head_norm(qk_norm: QKNorm, width: int) -> nn.Module:
+    """The norm over a head's width that `qk_norm` names; the identity for False or no width."""
+    if qk_norm not in (False, True, "rms"):
+        raise ValueError(f"qk_norm: expected False, True or 'rms', got {qk_norm!r}")
+    if not qk_norm or width == 0:
+        return nn.Identity()
+    norm = nn.RMSNorm if qk_norm == "rms" else nn.LayerNorm
+    return norm(width, eps=NORM_EPS)
+
+
+def checked_window(use_sliding_window: bool, window_size: int | None) -> int | None:
+    """window_size, which must be given with use_sliding_window and only then."""
+    if use_sliding_window and window_size is None:
+        raise ValueError("window_size: expected an integer with use_sliding_window, got None")
+    if not use_sliding_window and window_size is not None:
+        raise ValueError(
+            f"window_size: expected None without use_sliding_window, got {window_size}"
+        )
+    return window_size
+
+
+def check_divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    """Refuse a part that does not divide the whole."""
+    if part < 1 or whole % part:
+        raise ValueError(f"{name}: expected a divisor of {whole_name}={whole}, got {part}")

@@ -1,0 +1,173 @@
+"""Multi-head genetic attention (MGA)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from kernels import (
+    attention_decode,
+    closed_form_fitness,
+    genetic_attention,
+    ring_positions,
+    rotate,
+)
+from smollm.attention.base import Attention, Options, SharedOptions, check_divides, split_heads
+from smollm.attention.cache import LayerCache
+from smollm.attention.rope import Rope
+
+Environment = Literal["query", "kin", "none"]
+
+
+@dataclass(frozen=True)
+class GeneticOptions(Options):
+    """MGA's own options."""
+
+    num_value_heads: int | None = None
+    """MGA: value heads; as many as heads by default."""
+    environment: Environment = "query"
+    """MGA: what re-weighs the fitness of genes."""
+    selection_pressure: float = 4.0
+    """MGA: initial selection pressure of every head."""
+    genetic_window_size: int = 128
+    """MGA: tokens in the window, which it always has."""
+
+    def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102
+        if shared.qk_norm != "none":
+            raise ValueError(
+                "qk_norm: expected 'none' with mga, whose genes have no such norm, got "
+                f"{shared.qk_norm!r}; choose the others with --variants"
+            )
+        return {
+            "d_model": shared.embed_dim,
+            "num_heads": shared.num_heads,
+            "window_size": self.genetic_window_size,
+            "num_value_heads": self.num_value_heads,
+            "environment": self.environment,
+            "selection_pressure": self.selection_pressure,
+            "rope_theta": shared.rope_theta,
+            "bias": shared.bias,
+            "dropout": shared.dropout,
+        }
+
+
+class MultiHeadGeneticAttention(Attention):
+    """Selection of the window's tokens by the closed-form fitness of their genes (MGA).
+
+    The tokens in a causal window are organisms, the features of a head their genes: a gene is the
+    fitter the rarer it is in the window, an organism the fitter its genes are. The README's "MGA
+    in one page" explains it, `kernels.genetic_attention` has the formulas. Always causal and always
+    windowed, so there is no use_sliding_window.
+
+    Args:
+        d_model: model width, a multiple of num_heads.
+        num_heads: heads.
+        window_size: tokens in a full window, the token itself included. Required.
+        num_value_heads: value heads, a divisor of num_heads. Default num_heads.
+        environment: what re-weighs gene fitness: "query" (the token's own projection, default),
+            "kin" (its genes) or "none".
+        rotary: rotate genes and fitness. Default True.
+        selection_pressure: initial kappa of every head, learned. Default 4.
+        bias: biases on the projections. Default False.
+        dropout: on the output. Default 0.
+        rope_theta: rotary base. Default 100,000.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        window_size: int,
+        num_value_heads: int | None = None,
+        *,
+        environment: Environment = "query",
+        rotary: bool = True,
+        selection_pressure: float = 4.0,
+        bias: bool = False,
+        dropout: float = 0.0,
+        rope_theta: float = 100_000.0,
+    ) -> None:
+        if window_size is None:
+            raise ValueError("window_size: expected an integer >= 1 (the population), got None")
+        if environment not in ("query", "kin", "none"):
+            raise ValueError(f"environment: expected 'query', 'kin' or 'none', got {environment!r}")
+        if not 0 < selection_pressure < math.inf:
+            raise ValueError(f"selection_pressure: expected > 0, got {selection_pressure}")
+        check_divides("num_heads", num_heads, "d_model", d_model)
+        super().__init__(
+            d_model,
+            num_heads,
+            dropout=dropout,
+            window_size=window_size,
+            is_causal=True,
+            rope_dim=d_model // num_heads if rotary else 0,
+            rope_theta=rope_theta,
+        )
+        self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
+        check_divides("num_value_heads", self.num_value_heads, "num_heads", num_heads)
+        self.environment = environment
+        self._initial_pressure = selection_pressure
+        self.w_g = nn.Linear(d_model, d_model, bias=bias)
+        self.w_e = nn.Linear(d_model, d_model, bias=bias) if environment == "query" else None
+        self.w_v = nn.Linear(d_model, self.num_value_heads * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.log_selection_pressure = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As every mechanism; the selection pressure starts at its given value."""
+        super().reset_parameters()
+        nn.init.constant_(self.log_selection_pressure, math.log(self._initial_pressure))
+
+    def heads(  # noqa: D102
+        self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        g = split_heads(self.w_g(x), self.num_heads)
+        e = None if self.w_e is None else split_heads(self.w_e(x), self.num_heads)
+        v = split_heads(self.w_v(x), self.num_value_heads)
+        pressure = self.log_selection_pressure.exp()
+        if cache is not None:
+            rings = cache.store(p=torch.sigmoid(g), v=v)
+            if cache.decoding:
+                return self._decode(g, e, pressure, rope, rings, cache.lengths)
+        assert self.window_size is not None
+        return genetic_attention(
+            g,
+            e,
+            v,
+            pressure,
+            window_size=self.window_size,
+            environment=self.environment,
+            rope=rope if self.rope_dim else None,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _decode(
+        self,
+        g: Tensor,
+        e: Tensor | None,
+        pressure: Tensor,
+        rope: Rope,
+        rings: dict[str, Tensor],
+        lengths: Tensor,
+    ) -> Tensor:
+        """The newest tokens against the ring, whose window is averaged anew."""
+        assert self.window_size is not None
+        p, q_tokens = rings["p"], g.shape[1]
+        own = lengths[:, None] - q_tokens + torch.arange(q_tokens, device=g.device)
+        position = ring_positions(lengths, p.shape[1])
+        age = own[:, :, None] - position[:, None]
+        seen = (age >= 0) & (age < self.window_size) & (position >= 0)[:, None]  # [B, T, rows]
+        weights = seen.to(torch.promote_types(p.dtype, torch.float32))
+        weights /= weights.sum(dim=-1, keepdim=True)
+        expression = einsum(weights, p.to(weights.dtype), "b t s, b s h d -> b t h d")
+        gamma = closed_form_fitness(expression, g, e, environment=self.environment)
+        q = gamma * pressure[:, None] * self.head_dim**0.5
+        if self.rope_dim:
+            q, p = rotate(q, *rope), rotate(p, *self.rope(position))
+        return attention_decode(
+            q.to(p.dtype), p, rings["v"], lengths, window_size=self.window_size, scale=1.0
+        )

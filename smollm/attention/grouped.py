@@ -1,0 +1,113 @@
+"""Softmax attention over keys and values of their own: GQA and, with a head each, MHA."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kernels import attention, attention_decode, rotate
+from smollm.attention.base import (
+    Attention,
+    Options,
+    QKNorm,
+    check_divides,
+    checked_window,
+    head_norm,
+    split_heads,
+)
+from smollm.attention.cache import LayerCache
+from smollm.attention.rope import Rope
+
+
+@dataclass(frozen=True)
+class GroupedQueryOptions(Options):
+    """GQA's own options."""
+
+    num_kv_heads: int = 3
+    """GQA: key and value heads."""
+
+
+class GroupedQueryAttention(Attention):
+    """Softmax attention in which groups of query heads share one key and value head.
+
+    Args:
+        embed_dim: model width, a multiple of num_heads.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads.
+        dropout: on the output. Default 0.
+        bias: biases on the projections. Default True.
+        use_sliding_window, window_size: see only the latest window_size tokens, itself included;
+            implies causality.
+        qk_norm: True for LayerNorm over the head width before rotation, "rms" for RMSNorm.
+        is_causal: see no later token. Default False; inside a SmolLM always True.
+        rotary: rotate queries and keys. Default True.
+        rope_theta: rotary base. Default 100,000.
+
+    Source: arXiv 2305.13245.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        use_sliding_window: bool = False,
+        window_size: int | None = None,
+        qk_norm: QKNorm = False,
+        is_causal: bool = False,
+        *,
+        rotary: bool = True,
+        rope_theta: float = 100_000.0,
+    ) -> None:
+        window_size = checked_window(use_sliding_window, window_size)
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout=dropout,
+            window_size=window_size,
+            is_causal=is_causal or use_sliding_window,
+            rope_dim=embed_dim // num_heads if rotary else 0,
+            rope_theta=rope_theta,
+        )
+        check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        self.num_kv_heads = num_kv_heads
+        kv_dim = num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.q_norm = head_norm(qk_norm, self.head_dim)
+        self.k_norm = head_norm(qk_norm, self.head_dim)
+        self.reset_parameters()
+
+    def heads(  # noqa: D102
+        self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        q = split_heads(self.q_proj(x), self.num_heads)
+        k = split_heads(self.k_proj(x), self.num_kv_heads)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.rope_dim:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            rings = cache.store(k=k, v=v)
+            if cache.decoding:
+                return attention_decode(
+                    q, rings["k"], rings["v"], cache.lengths, window_size=self.window_size
+                )
+        return attention(
+            q, k, v, causal=self.is_causal, window_size=self.window_size, cu_seqlens=cu_seqlens
+        )
+
+
+class MultiHeadAttention(GroupedQueryAttention):
+    """Softmax attention with as many key and value heads as query heads.
+
+    Arguments as `GroupedQueryAttention`, without num_kv_heads. Source: arXiv 1706.03762.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *shared: Any, **named: Any) -> None:
+        super().__init__(embed_dim, num_heads, num_heads, *shared, **named)

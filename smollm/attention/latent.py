@@ -1,0 +1,168 @@
+"""Multi-head latent attention (MLA)."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from kernels import latent_attention, latent_decode, rotate
+from smollm.attention.base import (
+    Attention,
+    Options,
+    QKNorm,
+    checked_window,
+    head_norm,
+    split_heads,
+)
+from smollm.attention.cache import LayerCache
+from smollm.attention.rope import Rope
+
+LATENT_NORM_EPS = 1e-6  # DeepSeek's
+
+
+@dataclass(frozen=True)
+class LatentOptions(Options):
+    """MLA's own options."""
+
+    latent_dim: int = 288
+    """MLA: width of the latent that the cache holds."""
+    rope_dim: int = 32
+    """MLA: width of the rotary part; 0 for none."""
+    q_latent_dim: int | None = None
+    """MLA: width of a latent that queries are expanded from; none by default."""
+
+
+class MultiHeadLatentAttention(Attention):
+    """Attention whose keys and values are expanded from one small latent per token (MLA).
+
+    The cache holds latent_dim + rope_dim numbers per token. Decoding absorbs the up-projection
+    into the query and the output, so keys and values are never expanded there.
+
+    Args:
+        embed_dim, num_heads, dropout, use_sliding_window, window_size, is_causal: as in
+            `GroupedQueryAttention`.
+        latent_dim: width of the latent.
+        rope_dim: width of the rotated part of each query and of the shared key; 0 for none.
+            Default 32.
+        q_latent_dim: width of a second latent, normalised as the first, that the queries are
+            expanded from. Default none: queries are projected from x.
+        bias: biases on the projections; up-projections never have one. Default True.
+        qk_norm: as in `GroupedQueryAttention`, on the queries and on the shared rotary key.
+            The keys expanded from the latent stay linear in it, which absorption needs, so
+            rope_dim must not be 0; latents have an RMSNorm of their own in any case.
+        rope_theta: rotary base. Default 100,000.
+
+    Source: DeepSeek-V2, arXiv 2405.04434.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        latent_dim: int,
+        rope_dim: int = 32,
+        q_latent_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        use_sliding_window: bool = False,
+        window_size: int | None = None,
+        qk_norm: QKNorm = False,
+        is_causal: bool = False,
+        *,
+        rope_theta: float = 100_000.0,
+    ) -> None:
+        window_size = checked_window(use_sliding_window, window_size)
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim: expected >= 1, got {latent_dim}")
+        if rope_dim < 0:
+            raise ValueError(f"rope_dim: expected >= 0, got {rope_dim}")
+        if q_latent_dim is not None and q_latent_dim < 1:
+            raise ValueError(f"q_latent_dim: expected >= 1 or None, got {q_latent_dim}")
+        if qk_norm and not rope_dim:
+            raise ValueError(
+                "qk_norm: expected False with rope_dim=0, where every key is expanded from the "
+                f"latent and must stay linear in it, got {qk_norm!r}"
+            )
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout=dropout,
+            window_size=window_size,
+            is_causal=is_causal or use_sliding_window,
+            rope_dim=rope_dim,
+            rope_theta=rope_theta,
+        )
+        self.latent_dim = latent_dim
+        self.scale = (self.head_dim + rope_dim) ** -0.5
+        q_dim = num_heads * (self.head_dim + rope_dim)
+        self.q_proj: nn.Module = nn.Linear(embed_dim, q_dim, bias=bias)
+        if q_latent_dim is not None:
+            self.q_proj = nn.Sequential(
+                OrderedDict(
+                    down_proj=nn.Linear(embed_dim, q_latent_dim, bias=bias),
+                    latent_norm=nn.RMSNorm(q_latent_dim, eps=LATENT_NORM_EPS),
+                    up_proj=nn.Linear(q_latent_dim, q_dim, bias=False),
+                )
+            )
+        self.kv_down_proj = nn.Linear(embed_dim, latent_dim + rope_dim, bias=bias)
+        self.latent_norm = nn.RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
+        self.kv_up_proj = nn.Linear(latent_dim, num_heads * 2 * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.q_nope_norm = head_norm(qk_norm, self.head_dim)
+        self.q_rope_norm = head_norm(qk_norm, rope_dim)
+        self.k_rope_norm = head_norm(qk_norm, rope_dim)
+        self.reset_parameters()
+
+    def heads(  # noqa: D102
+        self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        q = split_heads(self.q_proj(x), self.num_heads)
+        kv = self.kv_down_proj(x)
+        q_nope = self.q_nope_norm(q[..., : self.head_dim]).to(q.dtype)
+        latent = self.latent_norm(kv[..., : self.latent_dim]).to(q.dtype)
+        q_rope = k_rope = None
+        if self.rope_dim:
+            q_rope = self.q_rope_norm(q[..., self.head_dim :]).to(q.dtype)
+            k_rope = self.k_rope_norm(kv[..., self.latent_dim :]).to(q.dtype)
+            q_rope = rotate(q_rope, *rope)
+            k_rope = rotate(k_rope[:, :, None], *rope)[:, :, 0]
+        if cache is not None:
+            rings = cache.store(latent=latent, **({} if k_rope is None else {"rope": k_rope}))
+            if cache.decoding:
+                return self._decode(q_nope, q_rope, rings, cache.lengths)
+        up = rearrange(
+            self.kv_up_proj(latent), "b t (h two d) -> two b t h d", two=2, d=self.head_dim
+        )
+        return latent_attention(
+            q_nope,
+            q_rope,
+            up[0],
+            k_rope,
+            up[1],
+            causal=self.is_causal,
+            window_size=self.window_size,
+            scale=self.scale,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _decode(
+        self, q_nope: Tensor, q_rope: Tensor | None, rings: dict[str, Tensor], lengths: Tensor
+    ) -> Tensor:
+        """Absorbed: <q_nope, W_k c> = <W_k^T q_nope, c>, and W_v is applied after the sum."""
+        up = self.kv_up_proj.weight.to(q_nope.dtype)
+        w_k, w_v = rearrange(up, "(h two d) c -> two h d c", two=2, d=self.head_dim)
+        selected = latent_decode(
+            einsum(q_nope, w_k, "b t h d, h d c -> b t h c"),
+            q_rope,
+            rings["latent"],
+            rings.get("rope"),
+            lengths,
+            window_size=self.window_size,
+            scale=self.scale,
+        )
+        o: Tensor = einsum(selected, w_v, "b t h c, h d c -> b t h d")
+        return o
+
+    def score_and_value_width(self) -> int:  # noqa: D102
+        return self.num_heads * (2 * self.head_dim + self.rope_dim)

@@ -1,0 +1,7 @@
+"""Corpora: where documents come from, how they become token shards, and what opens those."""
+
+from smollm.data.corpus import Corpus, load_corpus
+from smollm.data.prepare import prepare_builtin, prepare_corpus
+from smollm.data.shards import document_boundaries
+
+__all__ = ["Corpus", "document_boundaries", "load_corpus", "prepare_builtin", "prepare_corpus"]

@@ -1,0 +1,71 @@
+"""The shape of a model with any mechanism, and the model that it describes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+from smollm.attention import MECHANISMS, Options, SharedOptions
+from smollm.model.block import NormStrategy
+from smollm.model.model import SmolLM, create_smollm_with_attention
+
+
+@dataclass(frozen=True)
+class ModelConfig(SharedOptions):
+    """Shape of the models; each field, those of the mechanisms included, is a flag of train.py."""
+
+    num_layers: int = 4
+    """Transformer blocks."""
+    norm_strategy: NormStrategy = "pre"
+    """Where a block's norms stand: before a branch, after it, or both."""
+    ffn_hidden_dim: int = 1536
+    """Inner width of the SwiGLU."""
+    max_seq_len: int = 2048
+    """Longest sequence that the model accepts."""
+    tie_embeddings: bool = True
+    """The output head shares the embedding's weights."""
+    mechanisms: Mapping[str, Options] = field(
+        default_factory=lambda: {name: row.options() for name, row in MECHANISMS.items()}
+    )
+
+    @classmethod
+    def of(cls, **flags: Any) -> Self:
+        """The config with these fields, the mechanisms' among them, by name.
+
+        Raises:
+            TypeError: there is no such field.
+        """
+        mechanisms = {}
+        for name, options in cls().mechanisms.items():
+            own = {f.name: flags.pop(f.name) for f in fields(options) if f.name in flags}
+            mechanisms[name] = replace(options, **own)
+        return cls(**flags, mechanisms=mechanisms)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """All fields by name, plain values; `of` takes them back."""
+        plain = asdict(self)
+        for own in plain.pop("mechanisms").values():
+            plain |= own
+        return plain
+
+
+def build_model(mechanism: str, config: ModelConfig, vocab_size: int) -> SmolLM:
+    """A freshly initialised SmolLM with the mechanism.
+
+    Raises:
+        ValueError: no such mechanism, or fields that do not fit together.
+    """
+    if mechanism not in MECHANISMS:
+        raise ValueError(f"mechanism: expected one of {list(MECHANISMS)}, got {mechanism!r}")
+    return create_smollm_with_attention(
+        MECHANISMS[mechanism].build(config, config.mechanisms[mechanism]),
+        vocab_size=vocab_size,
+        embed_dim=config.embed_dim,
+        num_layers=config.num_layers,
+        ffn_hidden_dim=config.ffn_hidden_dim,
+        max_seq_len=config.max_seq_len,
+        dropout=config.dropout,
+        use_bias=config.bias,
+        tie_embeddings=config.tie_embeddings,
+        norm_strategy=config.norm_strategy,
+    )

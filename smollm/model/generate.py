@@ -1,0 +1,147 @@
+"""Generation: greedy or sampled, batched, with every mechanism's own cache."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from smollm.attention.cache import Cache
+
+
+class Generator(nn.Module):
+    """A language model that continues prompts; it supplies what is declared here."""
+
+    vocab_size: int
+    max_seq_len: int
+    lm_head: nn.Linear
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, T, embed_dim] and positions."""
+        raise NotImplementedError
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> Cache:
+        """An empty cache."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue each prompt by max_new_tokens tokens, in evaluation mode.
+
+        Args:
+            input_ids: prompts [B, T].
+            max_new_tokens: tokens to add, >= 0.
+            attention_mask: [B, T], True at real tokens, padding on the left. Default none.
+            temperature: 0 (default) is greedy; else logits are divided by it and sampled, from
+                torch's global generator.
+            top_k: sample from the k most likely tokens only.
+            top_p: sample from the fewest most likely tokens whose probabilities reach top_p.
+            eos_token_id: a sequence that has drawn it is filled up with it.
+            use_cache: False recomputes the whole sequence for every token.
+
+        Returns:
+            [B, T + max_new_tokens], the prompts included.
+
+        Raises:
+            ValueError: a setting out of range, padding on the right, or more than max_seq_len
+                tokens in all.
+        """
+        self._check_generation(
+            input_ids, max_new_tokens, attention_mask, temperature, top_k, top_p, eos_token_id
+        )
+        batch, prompt = input_ids.shape
+        total = prompt + max_new_tokens
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        filler = 0 if eos_token_id is None else eos_token_id
+        ids = torch.cat((input_ids, input_ids.new_full((batch, max_new_tokens), filler)), dim=1)
+        mask = torch.cat((mask.long(), mask.new_ones(batch, max_new_tokens)), dim=1)
+        finished = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+        cache = self.new_cache(batch, total) if use_cache else None
+
+        was_training = self.training
+        self.eval()
+        try:
+            for end in range(prompt, total):
+                start = end - 1 if cache is not None and end > prompt else 0
+                visible = mask[:, :end] if attention_mask is not None and start == 0 else None
+                hidden, _ = self.encode(ids[:, start:end], visible, cache=cache)
+                logits = self.lm_head(hidden[:, -1]).float()  # [B, V]
+                token = _choose(logits, temperature, top_k, top_p)
+                ids[:, end] = torch.where(finished, filler, token)
+                if eos_token_id is not None:
+                    finished = finished | (token == eos_token_id)
+                    if bool(finished.all()):
+                        break
+        finally:
+            self.train(was_training)
+        return ids
+
+    def _check_generation(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        attention_mask: Tensor | None,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        eos_token_id: int | None,
+    ) -> None:
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: expected >= 0, got {max_new_tokens}")
+        total = input_ids.shape[1] + max_new_tokens
+        if total > self.max_seq_len:
+            raise ValueError(
+                f"max_new_tokens: expected at most max_seq_len={self.max_seq_len} tokens with the "
+                f"prompt, got {total}"
+            )
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature: expected >= 0, got {temperature}")
+        if temperature == 0 and (top_k is not None or top_p is not None):
+            raise ValueError("temperature: expected > 0 with top_k or top_p, got 0 (greedy)")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected >= 1, got {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected in (0, 1], got {top_p}")
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask: expected {list(input_ids.shape)}, "
+                    f"got {list(attention_mask.shape)}"
+                )
+            if not bool(attention_mask[:, -1].all()):
+                raise ValueError(
+                    "attention_mask: expected padding on the left, got it on the right"
+                )
+        if eos_token_id is not None and not 0 <= eos_token_id < self.vocab_size:
+            raise ValueError(
+                f"eos_token_id: expected 0 to {self.vocab_size - 1}, got {eos_token_id}"
+            )
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """One token per row of logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, token = (logits / temperature).sort(dim=-1, descending=True)
+    if top_k is not None:
+        logits, token = logits[:, :top_k], token[:, :top_k]
+    probability = logits.softmax(dim=-1)
+    if top_p is not None:
+        reached = probability.cumsum(dim=-1) - probability  # by the likelier tokens alone
+        probability = probability.masked_fill(reached >= top_p, 0.0)
+    rank = torch.multinomial(probability, num_samples=1)
+    return token.gather(1, rank)[:, 0]

@@ -1,0 +1,1 @@
+"""Many runs: their order, the table, the plots and the report."""

@@ -1,0 +1,1 @@
+"""One run: its configuration, its steps, what it measures."""
