@@ -31,6 +31,7 @@ from kernels.core.backward import launch_backward
 from kernels.core.decode import launch_decode
 from kernels.core.fitness import launch_fitness, launch_fitness_backward
 from kernels.core.forward import launch_forward
+from kernels.core.problem import Genes, Problem
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,11 @@ def attention_rows(
     q_rope = _meta(1, 4096, 9, rope, dtype=dtype) if rope else None
     k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
     sinks = _meta(9, dtype=torch.float32) if packed and not rope else None
-    masks = _meta(5, dtype=torch.int32) if packed else None, True, 1024
+    offsets = _meta(5, dtype=torch.int32) if packed else None
+    problem = Problem(q, k, v, q_rope, k_rope, sinks, offsets, scale, window_size=1024)
     with compiling(arch) as rows:
-        o, lse = launch_forward(q, k, v, q_rope, k_rope, sinks, *masks, scale)
-        launch_backward(
-            q, k, v, q_rope, k_rope, o, lse, o, lse, *masks, scale, with_excess=not rope
-        )
+        o, lse = launch_forward(problem)
+        launch_backward(problem, o, lse, o, lse, with_excess=not rope)
     return rows
 
 
@@ -184,13 +184,14 @@ def fitness_rows(arch: int, width: int, dtype: torch.dtype, packed: bool = False
         _meta(*shape, dtype=torch.float32) for shape in ((4096, width // 2), (9, 4096))
     )
     offsets = _meta(5, dtype=torch.int32)
-    genes = (g, None, None, None, None, offsets) if packed else (g, g, pressure, table, table, None)
-    how: dict[str, Any] = {"window_size": 1024, "environment": "kin" if packed else "query"}
+    genes = Genes(g, g, pressure, table, table, None, 1024, "query")
+    if packed:
+        genes = Genes(g, None, None, None, None, offsets, 1024, "kin")
     with compiling(arch) as rows:
-        q, k = launch_fitness(*genes, **how)
+        q, k = launch_fitness(genes)
         forward = len(rows)
         upstream = (q, None, None) if packed else (q, k, excess)
-        launch_fitness_backward(*genes, *upstream, **how)
+        launch_fitness_backward(genes, *upstream)
     return rows[:forward] + rows[forward + 1 :]  # the backward sums up the genes once more
 
 

@@ -7,25 +7,23 @@ import torch
 from torch import Tensor
 
 from kernels import checks, reference
+from kernels.core.problem import Problem
+
+PROBLEM = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_rope, Tensor? k_rope, Tensor? sinks, "
+    "Tensor? cu_seqlens, float scale, bool causal, int? window_size"
+)
+TENSORS = Problem._fields.index("scale")
 
 
-@torch.library.custom_op("smollm_attention::forward", mutates_args=())
-def core_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_rope: Tensor | None,
-    k_rope: Tensor | None,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window_size: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, Tq]; arguments as `fused_attention`."""
+@torch.library.custom_op(
+    "smollm_attention::forward", mutates_args=(), schema=f"({PROBLEM}) -> (Tensor, Tensor)"
+)
+def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
+    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, Tq] of a `Problem`."""
     from kernels.core.forward import launch_forward
 
-    return launch_forward(q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale)
+    return launch_forward(Problem(*problem))
 
 
 @core_forward.register_fake
@@ -35,122 +33,57 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(batches, tokens, heads, v.shape[-1]), lse_log2
 
 
-@torch.library.custom_op("smollm_attention::backward", mutates_args=())
-def core_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_rope: Tensor | None,
-    k_rope: Tensor | None,
-    o: Tensor,
-    lse_log2: Tensor,
-    do: Tensor,
-    dlse_log2: Tensor,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window_size: int | None,
-    scale: float,
-    with_excess: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "smollm_attention::backward",
+    mutates_args=(),
+    schema=f"({PROBLEM}, Tensor o, Tensor lse_log2, Tensor do, Tensor dlse_log2, bool with_excess)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def core_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope, delta = <do, o> - dlse, and excess = sum_j dS [B, HQ, Tq]."""
     from kernels.core.backward import launch_backward
 
-    return launch_backward(
-        q,
-        k,
-        v,
-        q_rope,
-        k_rope,
-        o,
-        lse_log2,
-        do,
-        dlse_log2,
-        cu_seqlens,
-        causal,
-        window_size,
-        scale,
-        with_excess,
-    )
+    *problem, o, lse_log2, do, dlse_log2, with_excess = arguments
+    return launch_backward(Problem(*problem), o, lse_log2, do, dlse_log2, with_excess)
 
 
 @core_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_rope: Tensor | None,
-    k_rope: Tensor | None,
-    o: Tensor,
-    lse_log2: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with_excess = rest[-1]
-    dq, dk, dv, dq_rope, dk_rope = (
-        q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
-    )
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *problem, _o, lse_log2, _do, _dlse_log2, with_excess = arguments
+    q = problem[0]
+    gradients = (q.new_empty((0,) * 4 if x is None else x.shape) for x in problem[:5])
     excess = torch.empty_like(lse_log2) if with_excess else lse_log2.new_empty((0,) * 3)
-    return dq, dk, dv, dq_rope, dk_rope, torch.empty_like(lse_log2), excess
+    return *gradients, torch.empty_like(lse_log2), excess
 
 
 class _AttentionFunction(torch.autograd.Function):
     """o and its base-2 lse [B, HQ, Tq]; keeps the inputs and both for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_rope: Tensor | None,
-        k_rope: Tensor | None,
-        sinks: Tensor | None,
-        cu_seqlens: Tensor | None,
-        causal: bool,
-        window_size: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        o, lse_log2 = core_forward(
-            q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale
-        )
-        ctx.save_for_backward(q, k, v, q_rope, k_rope, o, lse_log2, sinks, cu_seqlens)
-        ctx.arguments = causal, window_size, scale
+    def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
+        o, lse_log2 = core_forward(*problem)
+        ctx.save_for_backward(*problem[:TENSORS], o, lse_log2)
+        ctx.plain = problem[TENSORS:]
         return o, lse_log2
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse_log2: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, o, lse_log2, sinks, cu_seqlens = ctx.saved_tensors
-        *gradients, delta, _ = core_backward(
-            *inputs, o, lse_log2, do, dlse_log2, cu_seqlens, *ctx.arguments, False
-        )
-        present = (d if x is not None else None for x, d in zip(inputs, gradients, strict=True))
+        *tensors, o, lse_log2 = ctx.saved_tensors
+        problem = Problem(*tensors, *ctx.plain)
+        *gradients, delta, _ = core_backward(*problem, o, lse_log2, do, dlse_log2, False)
+        present = (d if x is not None else None for x, d in zip(problem, gradients, strict=False))
         dsinks = None
-        if sinks is not None and ctx.needs_input_grad[5]:  # -P_sink delta, summed over queries
-            sinks_log2 = sinks.float() * math.log2(math.e)
+        if problem.sinks is not None:  # -P_sink delta, summed over queries
+            sinks_log2 = problem.sinks.float() * math.log2(math.e)
             weights = torch.exp2(sinks_log2[:, None] - lse_log2)  # [B, HQ, Tq]
-            dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-        return *present, dsinks, None, None, None, None
+            dsinks = -(weights * delta).sum((0, 2)).to(problem.sinks.dtype)
+        rest = (None,) * (len(problem) - len(gradients) - 1)
+        return *present, dsinks, *rest
 
 
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    q_rope: Tensor | None = None,
-    k_rope: Tensor | None = None,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    causal: bool = True,
-    window_size: int | None = None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The attention core with its gradients: o [B, Tq, HQ, D_V], base-2 lse [B, HQ, Tq].
-
-    Arguments as in `attention` and, for the rotary parts, in `latent_attention`.
-    """
-    o, lse_log2 = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
-        q, k, v, q_rope, k_rope, sinks, cu_seqlens, causal, window_size, scale
-    )
+def fused_attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The attention core with its gradients: o [B, Tq, HQ, D_V], base-2 lse [B, HQ, Tq]."""
+    o, lse_log2 = _AttentionFunction.apply(*problem)  # type: ignore[no-untyped-call]
     return o, lse_log2
 
 
@@ -246,16 +179,17 @@ def attention(
         sinks=sinks,
     )
     if checks.implementation(impl, {"q": q, "k": k, "v": v}) == "triton":
-        o, lse_log2 = fused_attention(
+        problem = Problem(
             q,
             k,
             v,
             sinks=sinks,
             cu_seqlens=cu_seqlens,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
             causal=causal,
             window_size=window_size,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
         )
+        o, lse_log2 = fused_attention(problem)
         return (o, math.log(2) * lse_log2.transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(
         q,

@@ -11,26 +11,27 @@ from torch import Tensor
 
 from kernels import checks, reference
 from kernels.attention import core_backward, core_forward
+from kernels.core.problem import Genes, Problem
 from kernels.reference import closed_form_fitness
 
 __all__ = ["closed_form_fitness", "gene_fitness", "genetic_attention"]
 
 
-@torch.library.custom_op("smollm_attention::fitness", mutates_args=())
-def _fitness(
-    g: Tensor,
-    e: Tensor | None,
-    pressure: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window_size: int,
-    environment: str,
-) -> tuple[Tensor, Tensor]:
-    """q and k of a selection; without a pressure gamma, and nothing."""
+GENES = (
+    "Tensor g, Tensor? e, Tensor? pressure, Tensor? cos, Tensor? sin, Tensor? cu_seqlens, "
+    "int window_size, str environment"
+)
+TENSORS = Genes._fields.index("window_size")
+
+
+@torch.library.custom_op(
+    "smollm_attention::fitness", mutates_args=(), schema=f"({GENES}) -> (Tensor, Tensor)"
+)
+def _fitness(*genes: Any) -> tuple[Tensor, Tensor]:
+    """q and k of a selection among `Genes`; without a pressure gamma, and nothing."""
     from kernels.core.fitness import launch_fitness
 
-    return launch_fitness(g, e, pressure, cos, sin, cu_seqlens, window_size, environment)
+    return launch_fitness(Genes(*genes))
 
 
 @_fitness.register_fake
@@ -40,35 +41,25 @@ def _(g: Tensor, e: Tensor | None, pressure: Tensor | None, *_: Any) -> tuple[Te
     return g.new_empty(g.shape), g.new_empty(g.shape)
 
 
-@torch.library.custom_op("smollm_attention::fitness_backward", mutates_args=())
-def _fitness_backward(
-    g: Tensor,
-    e: Tensor | None,
-    pressure: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dq: Tensor,
-    dk: Tensor | None,
-    excess: Tensor | None,
-    window_size: int,
-    environment: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "smollm_attention::fitness_backward",
+    mutates_args=(),
+    schema=f"({GENES}, Tensor dq, Tensor? dk, Tensor? excess) -> (Tensor, Tensor, Tensor)",
+)
+def _fitness_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dg, the gradient of eps' logits, and dpressure [H] in fp32; of absent inputs, empty ones."""
     from kernels.core.fitness import launch_fitness_backward
 
-    return launch_fitness_backward(
-        g, e, pressure, cos, sin, cu_seqlens, dq, dk, excess, window_size, environment
-    )
+    *genes, dq, dk, excess = arguments
+    return launch_fitness_backward(Genes(*genes), dq, dk, excess)
 
 
 @_fitness_backward.register_fake
-def _(
-    g: Tensor, e: Tensor | None, pressure: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    environment = rest[-1]
-    dlogits = g.new_empty((0,) * 4 if environment == "none" else g.shape)
-    dpressure = g.new_empty(0 if pressure is None else g.shape[2], dtype=torch.float32)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    genes = Genes(*arguments[: len(Genes._fields)])
+    g = genes.g
+    dlogits = g.new_empty((0,) * 4 if genes.environment == "none" else g.shape)
+    dpressure = g.new_empty(0 if genes.pressure is None else g.shape[2], dtype=torch.float32)
     return g.new_empty(g.shape), dlogits, dpressure
 
 
@@ -76,66 +67,50 @@ class _FitnessFunction(torch.autograd.Function):
     """gamma; keeps the inputs for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        e: Tensor | None,
-        cu_seqlens: Tensor | None,
-        window_size: int,
-        environment: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *genes: Any) -> Tensor:
         gamma: Tensor
-        gamma, _ = _fitness(g, e, None, None, None, cu_seqlens, window_size, environment)
-        ctx.save_for_backward(g, e, cu_seqlens)
-        ctx.arguments = window_size, environment
+        gamma, _ = _fitness(*genes)
+        ctx.save_for_backward(*genes[:TENSORS])
+        ctx.plain = genes[TENSORS:]
         return gamma
 
     @staticmethod
     def backward(ctx: Any, dgamma: Tensor) -> tuple[Tensor | None, ...]:
-        g, e, cu_seqlens = ctx.saved_tensors
-        dg, de, _ = _fitness_backward(
-            g, e, None, None, None, cu_seqlens, dgamma, None, None, *ctx.arguments
-        )
-        return dg, None if e is None else de, None, None, None
+        genes = Genes(*ctx.saved_tensors, *ctx.plain)
+        dg, de, _ = _fitness_backward(*genes, dgamma, None, None)
+        return dg, None if genes.e is None else de, *(None,) * (len(genes) - 2)
 
 
 class _GeneticFunction(torch.autograd.Function):
     """o; keeps the inputs, o and its lse for the backward, which forms q and k anew."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        e: Tensor | None,
-        v: Tensor,
-        pressure: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        cu_seqlens: Tensor | None,
-        window_size: int,
-        environment: str,
-    ) -> Tensor:
-        q, k = _fitness(g, e, pressure, cos, sin, cu_seqlens, window_size, environment)
+    def forward(ctx: Any, v: Tensor, *arguments: Any) -> Tensor:
+        genes = Genes(*arguments)
         o: Tensor
-        o, lse_log2 = core_forward(q, k, v, None, None, None, cu_seqlens, True, window_size, 1.0)
-        ctx.save_for_backward(g, e, pressure, cos, sin, cu_seqlens, v, o, lse_log2)
-        ctx.arguments = window_size, environment
+        o, lse_log2 = core_forward(*_selection(genes, v))
+        ctx.save_for_backward(*genes[:TENSORS], v, o, lse_log2)
+        ctx.plain = genes[TENSORS:]
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        *genes, v, o, lse_log2 = ctx.saved_tensors
-        window_size, environment = ctx.arguments
-        _, e, pressure, _, _, cu_seqlens = genes
-        q, k = _fitness(*genes, window_size, environment)
+        *tensors, v, o, lse_log2 = ctx.saved_tensors
+        genes = Genes(*tensors, *ctx.plain)
         no_dlse = torch.zeros_like(lse_log2)
-        masks = cu_seqlens, True, window_size
         dq, dk, dv, *_, excess = core_backward(
-            q, k, v, None, None, o, lse_log2, do, no_dlse, *masks, 1.0, True
+            *_selection(genes, v), o, lse_log2, do, no_dlse, True
         )
-        dg, de, dpressure = _fitness_backward(*genes, dq, dk, excess, window_size, environment)
-        de = None if e is None else de
-        return dg, de, dv, dpressure.to(pressure.dtype), None, None, None, None, None
+        dg, de, dpressure = _fitness_backward(*genes, dq, dk, excess)
+        assert genes.pressure is not None
+        dpressure = dpressure.to(genes.pressure.dtype)
+        return dv, dg, None if genes.e is None else de, dpressure, *(None,) * (len(genes) - 3)
+
+
+def _selection(genes: Genes, v: Tensor) -> Problem:
+    """The attention that selects among v by the fitness of the genes."""
+    q, k = _fitness(*genes)
+    return Problem(q, k, v, cu_seqlens=genes.cu_seqlens, window_size=genes.window_size)
 
 
 def gene_fitness(
@@ -178,9 +153,8 @@ def gene_fitness(
         g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
     )
     if checks.implementation(impl, {"g": g, "e": e}) == "triton":
-        gamma: Tensor = _FitnessFunction.apply(  # type: ignore[no-untyped-call]
-            g, e, cu_seqlens, window_size, environment
-        )
+        genes = Genes(g, e, None, None, None, cu_seqlens, window_size, environment)
+        gamma: Tensor = _FitnessFunction.apply(*genes)  # type: ignore[no-untyped-call]
         return gamma
     return reference.gene_fitness(
         g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
@@ -238,9 +212,8 @@ def genetic_attention(
     )
     if checks.implementation(impl, {"g": g, "e": e, "v": v}) == "triton":
         cos, sin = (None, None) if rope is None else rope
-        o: Tensor = _GeneticFunction.apply(  # type: ignore[no-untyped-call]
-            g, e, v, selection_pressure, cos, sin, cu_seqlens, window_size, environment
-        )
+        genes = Genes(g, e, selection_pressure, cos, sin, cu_seqlens, window_size, environment)
+        o: Tensor = _GeneticFunction.apply(v, *genes)  # type: ignore[no-untyped-call]
         return o
     return reference.genetic_attention(
         g,

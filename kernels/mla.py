@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kernels import checks, reference
 from kernels.attention import fused_attention
+from kernels.core.problem import Problem
 
 
 def latent_attention(
@@ -58,17 +59,18 @@ def latent_attention(
         if scale is None:
             rope_width = 0 if q_rope is None else q_rope.shape[-1]
             scale = (q_nope.shape[-1] + rope_width) ** -0.5
-        o, _ = fused_attention(
+        problem = Problem(
             q_nope,
             k_nope,
             v,
-            q_rope=q_rope,
-            k_rope=k_rope,
+            q_rope,
+            k_rope,
             cu_seqlens=cu_seqlens,
+            scale=scale,
             causal=causal,
             window_size=window_size,
-            scale=scale,
         )
+        o, _ = fused_attention(problem)
         return o
     return reference.latent_attention(
         q_nope,

@@ -29,7 +29,7 @@ from kernels.core.primitives import (
     zero_joint_rows,
     zero_rows,
 )
-from kernels.core.problem import attention_arguments, tile_width
+from kernels.core.problem import Problem
 
 DELTA_ELEMENTS = 4096  # of a tile
 
@@ -215,19 +215,11 @@ def dkdv_kernel(
 
 
 def launch_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_rope: Tensor | None,
-    k_rope: Tensor | None,
+    problem: Problem,
     o: Tensor,
     lse_log2: Tensor,
     do: Tensor,
     dlse_log2: Tensor,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window_size: int | None,
-    scale: float,
     with_excess: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, delta and excess [B, HQ, Tq].
@@ -235,6 +227,7 @@ def launch_backward(
     lse_log2 and its gradient are [B, HQ, Tq]; the gradients of absent rotary parts are empty, and
     so is excess, what rounding makes of sum_j dS_ij = 0, unless asked for.
     """
+    q, k, v, q_rope, k_rope = problem[:5]
     if do.stride(-1) != 1:  # as that of o.sum(), expanded from one number
         do = do.contiguous()
     dq, dk, dv, dq_rope, dk_rope = (
@@ -245,7 +238,7 @@ def launch_backward(
     if q.numel() == 0 or k.numel() == 0:
         gradients = (x.zero_() for x in (dq, dk, dv, dq_rope, dk_rope, delta, excess))
         return tuple(gradients)  # type: ignore[return-value]
-    arguments = attention_arguments(q, k, v, q_rope, k_rope, cu_seqlens, causal, window_size, scale)
+    arguments = problem.kernel_arguments
     batches, q_tokens, q_heads, _ = q.shape
     k_tokens, k_heads = k.shape[1:3]
 
@@ -270,7 +263,7 @@ def launch_backward(
         "lse_log2_ptr": lse_log2,
         "delta_ptr": delta,
     }
-    tile = tiles.choose("dq", q, tile_width(arguments))
+    tile = tiles.choose("dq", q, tiles.tile_width(arguments))
     dq_kernel[(triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,)](
         **arguments,
         dq_ptr=dq,
@@ -283,7 +276,7 @@ def launch_backward(
     )
     shape = batches, k_tokens, k_heads, arguments["D_ROPE"]
     shares = q.new_empty(shape, dtype=torch.float32)  # of each key head in dk_rope
-    tile = tiles.choose("dkdv", q, tile_width(arguments))
+    tile = tiles.choose("dkdv", q, tiles.tile_width(arguments))
     dkdv_kernel[(triton.cdiv(k_tokens, tile.block_n) * batches * v.shape[2],)](
         **arguments,
         dk_ptr=dk,

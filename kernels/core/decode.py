@@ -26,7 +26,6 @@ from kernels.core.problem import (
     dot_precision,
     log2_scale,
     rope_arguments,
-    tile_width,
 )
 
 KEYS_OF_A_SPLIT = 128  # at the least
@@ -164,7 +163,7 @@ def launch_decode(
         "D_V": d_v,
         **rope_arguments(q, k_cache, None if q_rope is None else by_key_head(q_rope), rope_cache),
     }
-    tile = tiles.choose("decode", q, tile_width(arguments))
+    tile = tiles.choose("decode", q, tiles.tile_width(arguments))
     block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
     programs = triton.cdiv(rows, block_m) * batches * k_heads
     keys = capacity if window_size is None else min(capacity, window_size + q_tokens - 1)

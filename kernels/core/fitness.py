@@ -19,7 +19,7 @@ from kernels.core.primitives import (
     scale_rows,
     tile_partners,
 )
-from kernels.core.problem import UNLIMITED, sequence_bounds
+from kernels.core.problem import Genes, reach_behind, sequence_bounds
 from kernels.core.windows import (
     add_rows,
     express,
@@ -272,28 +272,17 @@ def dg_kernel(
     store_halves(dg_matrix, dg, start, BLOCK, D_FIRST, D_SECOND)
 
 
-def launch_fitness(
-    g: Tensor,
-    e: Tensor | None,
-    pressure: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window_size: int,
-    environment: str,
-) -> tuple[Tensor, Tensor]:
-    """q and k of a selection, [B, T, H, D] in g's type; without a pressure gamma in fp32, and no k.
-
-    Arguments as `genetic_attention`.
-    """
+def launch_fitness(genes: Genes) -> tuple[Tensor, Tensor]:
+    """q and k of a selection, [B, T, H, D] in g's type; without a pressure gamma in fp32, no k."""
+    g, pressure = genes.g, genes.pressure
     q = g.new_empty(g.shape, dtype=torch.float32 if pressure is None else g.dtype)
     k = g.new_empty((0,) * 4 if pressure is None else g.shape)
     if g.numel() == 0:
         return q, k
-    grid, rows = _row_arguments(g, cos, sin, cu_seqlens, window_size, pressure is not None)
+    grid, rows = _row_arguments(genes)
     fitness_kernel[grid](
         **rows,
-        **_window_arguments(grid, rows, g, e, pressure, environment),
+        **_window_arguments(grid, rows, genes),
         q_ptr=q,
         q_strides=q.stride(),
         k_ptr=k,
@@ -303,35 +292,26 @@ def launch_fitness(
 
 
 def launch_fitness_backward(
-    g: Tensor,
-    e: Tensor | None,
-    pressure: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dq: Tensor,
-    dk: Tensor | None,
-    excess: Tensor | None,
-    window_size: int,
-    environment: str,
+    genes: Genes, dq: Tensor, dk: Tensor | None, excess: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dg, de and dpressure [H] of `launch_fitness`; those of absent inputs are empty."""
+    g, environment = genes.g, genes.environment
     batches, _, heads, width = g.shape
     dg = g.new_empty(g.shape)
     dlogits = g.new_empty((0,) * 4 if environment == "none" else g.shape)
-    selected = 0 if pressure is None else heads
+    selected = 0 if genes.pressure is None else heads
     if g.numel() == 0:
         return dg, dlogits, g.new_zeros(selected, dtype=torch.float32)
     if dq.stride(-1) != 1:  # as that of a sum, expanded from one number
         dq = dq.contiguous()
-    grid, rows = _row_arguments(g, cos, sin, cu_seqlens, window_size, pressure is not None)
+    grid, rows = _row_arguments(genes)
     blocks = rows["blocks"]
     dpressures = g.new_empty(batches, selected, blocks, dtype=torch.float32)
     share = g.new_empty(g.shape, dtype=torch.float32)
     share_totals = g.new_empty(batches, heads, blocks, width, dtype=torch.float32)
     share_kernel[grid](
         **rows,
-        **_window_arguments(grid, rows, g, e, pressure, environment),
+        **_window_arguments(grid, rows, genes),
         dq_ptr=dq,
         dq_strides=dq.stride(),
         excess_ptr=excess,
@@ -359,15 +339,9 @@ def launch_fitness_backward(
     return dg, dlogits, dpressures.sum((0, 2))
 
 
-def _row_arguments(
-    g: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window_size: int,
-    selects: bool,
-) -> tuple[tuple[int], dict[str, Any]]:
+def _row_arguments(genes: Genes) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the keyword arguments that all kernels with windows have in common."""
+    g, cos, sin, packed = genes.g, genes.cos, genes.sin, genes.cu_seqlens
     batches, tokens, heads, width = g.shape
     tile = tiles.choose("fitness", g, padded_width(width))
     blocks = triton.cdiv(tokens, tile.block_m)
@@ -376,16 +350,16 @@ def _row_arguments(
         "g_strides": g.stride(),
         "cos_ptr": None if cos is None else cos.contiguous(),
         "sin_ptr": None if sin is None else sin.contiguous(),
-        "bounds_ptr": None if cu_seqlens is None else sequence_bounds(cu_seqlens, tokens),
+        "bounds_ptr": None if packed is None else sequence_bounds(packed, tokens),
         "batches": batches,
         "heads": heads,
         "tokens": tokens,
         "blocks": blocks,
-        "behind": min(window_size, UNLIMITED) - 1,
+        "behind": reach_behind(genes.window_size),
         "D_FIRST": width - width // 2,
         "D_SECOND": width // 2,
-        "IS_VARLEN": cu_seqlens is not None,
-        "SELECTS": selects,
+        "IS_VARLEN": packed is not None,
+        "SELECTS": genes.pressure is not None,
         "IS_ROTARY": cos is not None,
         "BLOCK": tile.block_m,
         "num_warps": tile.num_warps,
@@ -394,15 +368,9 @@ def _row_arguments(
     }
 
 
-def _window_arguments(
-    grid: tuple[int],
-    rows: dict[str, Any],
-    g: Tensor,
-    e: Tensor | None,
-    pressure: Tensor | None,
-    environment: str,
-) -> dict[str, Any]:
+def _window_arguments(grid: tuple[int], rows: dict[str, Any], genes: Genes) -> dict[str, Any]:
     """Those of the kernels that see gamma; runs the one that sums up each block's genes first."""
+    g, e = genes.g, genes.e
     batches, _, heads, width = g.shape
     totals = g.new_empty(batches, heads, rows["blocks"], width, dtype=torch.float32)
     of_totals = ("g_ptr", "g_strides", "batches", "heads", "tokens", "blocks", "D_FIRST",
@@ -412,8 +380,8 @@ def _window_arguments(
     return {
         "logits_ptr": logits,
         "logits_strides": logits.stride(),
-        "pressure_ptr": pressure,
+        "pressure_ptr": genes.pressure,
         "scale": width**0.5,
         "totals_ptr": totals,
-        "HAS_ENVIRONMENT": environment != "none",
+        "HAS_ENVIRONMENT": genes.environment != "none",
     }

@@ -24,7 +24,7 @@ from kernels.core.primitives import (
     tile_partners,
     zero_rows,
 )
-from kernels.core.problem import attention_arguments, tile_width
+from kernels.core.problem import Problem
 
 
 @triton.jit
@@ -95,29 +95,16 @@ def forward_kernel(
     store_vector(lse_log2_ptr, row_max_log2 + tl.log2(row_sum), start, q_tokens, BLOCK_M)
 
 
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_rope: Tensor | None,
-    k_rope: Tensor | None,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window_size: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] in q's type and the base-2 lse [B, HQ, Tq] in fp32.
-
-    Arguments as `attention` and, for the rotary parts, `latent_attention`.
-    """
+def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """o [B, Tq, HQ, D_V] in q's type and the base-2 lse [B, HQ, Tq] in fp32."""
+    q, sinks = problem.q, problem.sinks
     batches, q_tokens, q_heads, _ = q.shape
-    o = q.new_empty(batches, q_tokens, q_heads, v.shape[-1])
+    o = q.new_empty(batches, q_tokens, q_heads, problem.v.shape[-1])
     lse_log2 = q.new_empty(batches, q_heads, q_tokens, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse_log2
-    arguments = attention_arguments(q, k, v, q_rope, k_rope, cu_seqlens, causal, window_size, scale)
-    tile = tiles.choose("forward", q, tile_width(arguments))
+    arguments = problem.kernel_arguments
+    tile = tiles.choose("forward", q, tiles.tile_width(arguments))
     grid = (triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,)
     forward_kernel[grid](
         **arguments,

@@ -1,55 +1,88 @@
-"""What every launch of the attention core derives from the op's arguments."""
+"""The arguments of the attention core and of gene fitness, and what launches derive from them.
+
+An op's schema names them once, these tuples once, and a kernel's signature once; between those they
+travel whole.
+"""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.core.primitives import padded_width
-
 UNLIMITED = 2**30  # tokens; sums with a position stay inside int32
 
 
-def attention_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_rope: Tensor | None,
-    k_rope: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window_size: int | None,
-    scale: float,
-) -> dict[str, Any]:
-    """The keyword arguments that the forward, dq and dk/dv kernels have in common."""
-    batches, q_tokens, q_heads, d_qk = q.shape
-    k_tokens, k_heads = k.shape[1:3]
-    v_heads, d_v = v.shape[2:]
-    return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "q_strides": q.stride(),
-        "k_strides": k.stride(),
-        "v_strides": v.stride(),
-        **rope_arguments(q, k, q_rope, k_rope),
-        "bounds_ptr": None if cu_seqlens is None else sequence_bounds(cu_seqlens, k_tokens),
-        "batches": batches,
-        "q_heads": q_heads,
-        "k_heads": k_heads,
-        "v_heads": v_heads,
-        "q_tokens": q_tokens,
-        "k_tokens": k_tokens,
-        "shift": k_tokens - q_tokens,  # both sequences end together
-        "behind": UNLIMITED if window_size is None else min(window_size, UNLIMITED) - 1,
-        "ahead": 0 if causal else UNLIMITED,
-        "scale_log2": log2_scale(scale),
-        "D_QK": d_qk,
-        "D_V": d_v,
-        "IS_VARLEN": cu_seqlens is not None,
-        "PRECISION": dot_precision(q),
-    }
+class Problem(NamedTuple):
+    """What the attention core computes; the tensors come first, as they are saved for the backward.
+
+    Shapes as in `kernels.attention` and, of the rotary parts, `kernels.latent_attention`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_rope: Tensor | None = None
+    k_rope: Tensor | None = None
+    sinks: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    scale: float = 1.0
+    causal: bool = True
+    window_size: int | None = None
+
+    @property
+    def kernel_arguments(self) -> dict[str, Any]:
+        """The keyword arguments that the forward, dq and dk/dv kernels have in common."""
+        batches, q_tokens, q_heads, d_qk = self.q.shape
+        k_tokens, k_heads = self.k.shape[1:3]
+        v_heads, d_v = self.v.shape[2:]
+        packed = self.cu_seqlens
+        return {
+            "q_ptr": self.q,
+            "k_ptr": self.k,
+            "v_ptr": self.v,
+            "q_strides": self.q.stride(),
+            "k_strides": self.k.stride(),
+            "v_strides": self.v.stride(),
+            **rope_arguments(self.q, self.k, self.q_rope, self.k_rope),
+            "bounds_ptr": None if packed is None else sequence_bounds(packed, k_tokens),
+            "batches": batches,
+            "q_heads": q_heads,
+            "k_heads": k_heads,
+            "v_heads": v_heads,
+            "q_tokens": q_tokens,
+            "k_tokens": k_tokens,
+            "shift": k_tokens - q_tokens,  # both sequences end together
+            "behind": reach_behind(self.window_size),
+            "ahead": 0 if self.causal else UNLIMITED,
+            "scale_log2": log2_scale(self.scale),
+            "D_QK": d_qk,
+            "D_V": d_v,
+            "IS_VARLEN": packed is not None,
+            "PRECISION": dot_precision(self.q),
+        }
+
+
+class Genes(NamedTuple):
+    """What gene fitness is computed of; the tensors come first.
+
+    Shapes as in `kernels.genetic_attention`, (cos, sin) its rope. With a pressure, fitness becomes
+    the queries and genes the keys of a selection.
+    """
+
+    g: Tensor
+    e: Tensor | None
+    pressure: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    cu_seqlens: Tensor | None
+    window_size: int
+    environment: str
+
+
+def reach_behind(window_size: int | None) -> int:
+    """How far before its own place a token sees."""
+    return UNLIMITED if window_size is None else min(window_size, UNLIMITED) - 1
 
 
 def log2_scale(scale: float) -> float:
@@ -72,12 +105,6 @@ def rope_arguments(
         "k_rope_strides": shared.stride(),
         "D_ROPE": width,
     }
-
-
-def tile_width(arguments: dict[str, Any]) -> int:
-    """Columns of the wider of the rows that are scored and of those that are summed."""
-    scored = [arguments["D_QK"], arguments["D_ROPE"]]
-    return max(sum(padded_width(d) for d in scored if d), padded_width(arguments["D_V"]))
 
 
 def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels.core.primitives import padded_width
+
 Direction = Literal["forward", "dq", "dkdv", "decode", "fitness"]
 
 
@@ -126,6 +128,12 @@ INTERPRETER: dict[Direction, Tile] = {
     "decode": Tile(16, 32, 4, 1),
     "fitness": Tile(32, 32, 4, 1),
 }
+
+
+def tile_width(arguments: dict[str, Any]) -> int:
+    """Columns of the wider of the rows that are scored and of those that are summed."""
+    scored = [arguments["D_QK"], arguments["D_ROPE"]]
+    return max(sum(padded_width(d) for d in scored if d), padded_width(arguments["D_V"]))
 
 
 def choose(direction: Direction, q: Tensor, width: int) -> Tile:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import checks
+from kernels.core.problem import Problem
 from smollm import GroupedQueryAttention, create_smollm_with_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,16 +183,14 @@ def test_opcheck(rotary):
     inputs = [random(1, 20, 6, 16), random(1, 20, 2, 16), random(1, 20, 2, 24)]
     inputs += [random(1, 20, 6, 8), random(1, 20, 8)] if rotary else [None, None]
     sinks, cu_seqlens = random(6), torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
-    arguments = (True, 5, 0.25)
+    problem = Problem(*inputs, sinks, cu_seqlens, scale=0.25, window_size=5)
     ops = torch.ops.smollm_attention
-    torch.library.opcheck(ops.forward.default, (*inputs, sinks, cu_seqlens, *arguments))
-    o, lse = ops.forward(*inputs, sinks, cu_seqlens, *arguments)
+    torch.library.opcheck(ops.forward.default, problem)
+    o, lse = ops.forward(*problem)
     gradients = torch.randn_like(o), torch.randn_like(lse)
     for with_excess in (False, True):
-        torch.library.opcheck(
-            ops.backward.default,
-            (*inputs, o, lse, *gradients, cu_seqlens, *arguments, with_excess),
-        )
+        arguments = (*problem, o, lse, *gradients, with_excess)
+        torch.library.opcheck(ops.backward.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

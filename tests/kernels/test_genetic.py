@@ -327,7 +327,7 @@ def test_opcheck(environment):
         torch.library.opcheck(ops.fitness.default, genes)
         q, k = (torch.randn_like(x) for x in ops.fitness(*genes))
         upstream = (q, k, excess) if of_selection[0] is not None else (q, None, None)
-        torch.library.opcheck(ops.fitness_backward.default, (*genes[:6], *upstream, *arguments[1:]))
+        torch.library.opcheck(ops.fitness_backward.default, (*genes, *upstream))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
