@@ -1,26 +1,80 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and folders that one process at a time writes to."""
 
+import fcntl
 import json
+import math
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+LOCK = ".lock"
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside path, then move it there."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Let `write` fill a temporary file of its own beside path, then move it there."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write value as indented JSON, atomically; paths become strings."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
+    """Write value as indented JSON, atomically; see `json_text`."""
+    text = json_text(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: numbers that are not finite become null, paths become strings."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes that ask for it; it is free again when they end.
+
+    Raises:
+        BlockingIOError: another process holds it; the text names the folder and the process.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise BlockingIOError(
+                f"{folder}: expected a folder of its own, got one that process {holder} writes to"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
