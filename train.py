@@ -5,7 +5,7 @@
 
 import sys
 
-from smollm.study import main
+from smollm.studies.study import main
 
 if __name__ == "__main__":
     sys.exit(main())
