@@ -1,8 +1,10 @@
 """What every mechanism shares: its options, padding, positions, output, initialisation."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -84,6 +86,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+        if window_size is not None and (
+            isinstance(window_size, bool) or not isinstance(window_size, int)
+        ):
+            raise TypeError(f"window_size: expected an integer or None, got {window_size!r}")
         if window_size is not None and window_size < 1:
             raise ValueError(f"window_size: expected >= 1 (it counts itself), got {window_size}")
         if rope_dim % 2:
@@ -152,20 +158,47 @@ class Attention(nn.Module):
         """Multiply-adds per query-key pair: H (D_QK + D_V)."""
         return 2 * self.num_heads * self.head_dim
 
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """See `initialise`."""
+        initialise(self, self.embed_dim, seed)
+
+    def reset_constants(self) -> None:
+        """Give parameters that are neither projections nor norms their start; there are none."""
+
+
+class Linear(nn.Linear):
+    """A projection that leaves its initialisation, and torch's generator, to `initialise`."""
+
     def reset_parameters(self) -> None:
-        """Draw projections from N(0, 1 / embed_dim); zero the biases; unit norms."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module, self.embed_dim)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
+        """Nothing."""
 
 
-def init_linear(linear: nn.Linear, embed_dim: int) -> None:
-    """The one initialisation of every projection: N(0, 1 / embed_dim), zero bias."""
-    nn.init.normal_(linear.weight, std=embed_dim**-0.5)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+def initialise(module: nn.Module, embed_dim: int, seed: int | None = None) -> None:
+    """The one initialisation: embeddings and projections N(0, 1 / embed_dim), biases 0, norms 1.
+
+    Each weight is drawn from a generator of its own, keyed by the seed and the weight's name, so
+    that models that differ in one part start alike in all others. Without a seed, one is drawn from
+    torch's global generator, and nothing else.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            _draw(part.weight, embed_dim**-0.5, f"{seed} {name}")
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm | nn.RMSNorm):
+            part.reset_parameters()
+        elif isinstance(part, Attention):
+            part.reset_constants()
+
+
+def _draw(weight: Tensor, std: float, key: str) -> None:
+    if weight.is_meta:
+        return
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
+    nn.init.normal_(weight, std=std, generator=generator)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

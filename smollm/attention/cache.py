@@ -1,5 +1,7 @@
 """What generation keeps: named rows per token and layer, in a ring when a window bounds them."""
 
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -7,12 +9,23 @@ from torch import Tensor
 from kernels import ring_positions
 
 
+class Step(NamedTuple):
+    """Tokens on their way into a cache."""
+
+    sequence: Tensor  # [N], of each token
+    position: Tensor  # [N], in its sequence
+    lengths: Tensor  # int32 [B], of the sequences once they are in
+    longest: int  # tokens of the sequence that gains the most
+    decoding: bool  # whether they continue sequences in the cache
+
+
 class Cache:
     """The caches of all layers, and how many tokens each sequence has put into them.
 
-    Before the layers run, `advance` says which sequence and position every incoming token has;
-    each layer then stores its rows. The token at position p stands at row p % capacity, as
-    `kernels.attention_decode` expects it.
+    Before the layers run, `begin` says which sequence and position every incoming token has; each
+    layer then stores its rows, and `commit` makes the tokens part of their sequences. What fails in
+    between leaves the sequences as they were. The token at position p stands at row p % capacity,
+    as `kernels.attention_decode` expects it.
 
     Args:
         windows: each layer's window_size; a layer keeps no more rows than its window.
@@ -28,17 +41,19 @@ class Cache:
         max_tokens: int,
         device: torch.device | str = "cpu",
     ) -> None:
+        for name, size in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if size < 1:
+                raise ValueError(f"{name}: expected >= 1, got {size}")
+        self.windows = windows
         self.max_tokens = max_tokens
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens so far
-        self.sequence = self.position = torch.empty(0, dtype=torch.int64, device=device)  # [N]
-        self.decoding = False  # whether the announced tokens continue sequences in the cache
-        self.announced = 0  # tokens of the longest
         self._longest = 0
+        self._step: Step | None = None
         capacities = (max_tokens if w is None else min(w, max_tokens) for w in windows)
         self.layers = [LayerCache(self, capacity) for capacity in capacities]
 
-    def advance(self, lengths: Tensor, longest: int) -> Tensor:
-        """Announce `lengths[b]` <= longest new tokens of each sequence; returns positions [N].
+    def begin(self, lengths: Tensor, longest: int) -> Step:
+        """Announce `lengths[b]` <= longest new tokens of each sequence.
 
         Raises:
             ValueError: more than max_tokens.
@@ -48,17 +63,27 @@ class Cache:
                 f"cache: expected at most max_tokens={self.max_tokens}, "
                 f"got {self._longest + longest}"
             )
-        self.decoding = self.in_use
-        self.announced = longest
-        self._longest += longest
         batch = torch.arange(len(lengths), device=lengths.device)
-        self.sequence = torch.repeat_interleave(batch, lengths)
+        sequence = torch.repeat_interleave(batch, lengths)
         first = lengths.cumsum(0) - lengths - self.lengths
-        self.position = (
-            torch.arange(len(self.sequence), device=lengths.device) - first[self.sequence]
-        )
-        self.lengths = self.lengths + lengths
-        return self.position
+        position = torch.arange(len(sequence), device=lengths.device) - first[sequence]
+        self._step = Step(sequence, position, self.lengths + lengths, longest, self.in_use)
+        return self._step
+
+    def commit(self) -> None:
+        """The announced tokens are part of their sequences now, in every layer."""
+        for layer in self.layers:
+            layer.commit()
+        self.lengths = self.step.lengths
+        self._longest += self.step.longest
+        self._step = None
+
+    @property
+    def step(self) -> Step:
+        """What `begin` announced."""
+        if self._step is None:
+            raise ValueError("cache: expected tokens announced by begin(), got none")
+        return self._step
 
     @property
     def in_use(self) -> bool:
@@ -83,6 +108,7 @@ class LayerCache:
         self._owner = owner
         self.capacity = capacity
         self._rows: dict[str, Tensor] = {}
+        self._waiting: dict[str, Tensor] = {}  # rows that would overwrite some still in sight
 
     def store(self, **new: Tensor) -> dict[str, Tensor]:
         """Keep the newest rows of each announced token, [B, T, ...] or packed [1, N, ...].
@@ -90,43 +116,64 @@ class LayerCache:
         Returns:
             By name, a ring [B, rows, ...] in which announced tokens that continue a sequence find
             all that they see: this layer's own unless they overwrite rows of their windows.
+
+        Raises:
+            ValueError: rows of other names, shapes or types than those of the tokens before.
         """
-        owner = self._owner
+        step = self._owner.step
+        flat = {name: rearrange(x, "b t ... -> (b t) ...").detach() for name, x in new.items()}
+        self._waiting = {}
+        if not step.decoding:  # whatever a call that failed has left is of no sequence
+            shape = len(step.lengths), self.capacity
+            self._rows = {name: x.new_zeros(*shape, *x.shape[1:]) for name, x in flat.items()}
+        self._check(flat)
+        if step.decoding and step.longest > 1 and self.capacity < self._owner.max_tokens:
+            self._waiting = flat
+            return {name: self._joined(self._rows[name], x) for name, x in flat.items()}
+        self._keep(flat)
+        return self._rows
+
+    def commit(self) -> None:
+        """Store the rows that `store` had to hold back."""
+        self._keep(self._waiting)
+        self._waiting = {}
+
+    def _keep(self, flat: dict[str, Tensor]) -> None:
+        step = self._owner.step
         kept: Tensor | slice = slice(None)
-        if owner.announced > self.capacity:
-            oldest = owner.lengths[owner.sequence] - self.capacity
-            kept = (owner.position >= oldest).nonzero()[:, 0]
-        sequence, row = owner.sequence[kept], owner.position[kept] % self.capacity
-        overwrites = owner.decoding and owner.announced > 1 and self.capacity < owner.max_tokens
-        rings = {}
-        for name, rows in new.items():
-            if name not in self._rows:
-                shape = (len(owner.lengths), self.capacity, *rows.shape[2:])
-                self._rows[name] = rows.new_zeros(shape)
-            flat = rearrange(rows, "b t ... -> (b t) ...").detach()
-            rings[name] = self._joined(self._rows[name], flat) if overwrites else self._rows[name]
-            self._rows[name][sequence, row] = flat[kept]
-        return rings
+        if step.longest > self.capacity:
+            oldest = step.lengths[step.sequence] - self.capacity
+            kept = (step.position >= oldest).nonzero()[:, 0]
+        sequence, row = step.sequence[kept], step.position[kept] % self.capacity
+        for name, x in flat.items():
+            self._rows[name][sequence, row] = x[kept]
 
     def _joined(self, old: Tensor, new: Tensor) -> Tensor:
         """A ring for one call that holds this layer's rows and all of the new ones."""
-        owner = self._owner
-        size = self.capacity + owner.announced
-        before = ring_positions(owner.lengths - owner.announced, self.capacity)
+        step, size = self._owner.step, self.capacity + self._owner.step.longest
+        before = ring_positions(self._owner.lengths, self.capacity)
         ring = old.new_zeros(len(old), size, *old.shape[2:])
         ring[torch.arange(len(old), device=old.device)[:, None], before % size] = old
-        ring[owner.sequence, owner.position % size] = new
+        ring[step.sequence, step.position % size] = new
         return ring
+
+    def _check(self, flat: dict[str, Tensor]) -> None:
+        kept, given = (
+            {name: (list(x.shape[axes:]), x.dtype) for name, x in rows.items()}
+            for rows, axes in ((self._rows, 2), (flat, 1))
+        )
+        if kept != given:
+            raise ValueError(f"cache: expected rows as those it holds, {kept}, got {given}")
 
     @property
     def decoding(self) -> bool:
         """Whether the announced tokens continue sequences already in the cache."""
-        return self._owner.decoding
+        return self._owner.step.decoding
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each sequence so far, the announced ones included, int32 [B]."""
-        return self._owner.lengths
+        return self._owner.step.lengths
 
     @property
     def row_bytes(self) -> int:

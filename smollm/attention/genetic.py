@@ -15,7 +15,14 @@ from kernels import (
     ring_positions,
     rotate,
 )
-from smollm.attention.base import Attention, Options, SharedOptions, check_divides, split_heads
+from smollm.attention.base import (
+    Attention,
+    Linear,
+    Options,
+    SharedOptions,
+    check_divides,
+    split_heads,
+)
 from smollm.attention.cache import LayerCache
 from smollm.attention.rope import Rope
 
@@ -110,16 +117,15 @@ class MultiHeadGeneticAttention(Attention):
         check_divides("num_value_heads", self.num_value_heads, "num_heads", num_heads)
         self.environment = environment
         self._initial_pressure = selection_pressure
-        self.w_g = nn.Linear(d_model, d_model, bias=bias)
-        self.w_e = nn.Linear(d_model, d_model, bias=bias) if environment == "query" else None
-        self.w_v = nn.Linear(d_model, self.num_value_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.w_g = Linear(d_model, d_model, bias=bias)
+        self.w_e = Linear(d_model, d_model, bias=bias) if environment == "query" else None
+        self.w_v = Linear(d_model, self.num_value_heads * self.head_dim, bias=bias)
+        self.out_proj = Linear(d_model, d_model, bias=bias)
         self.log_selection_pressure = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """As every mechanism; the selection pressure starts at its given value."""
-        super().reset_parameters()
+    def reset_constants(self) -> None:
+        """The selection pressure starts at its given value."""
         nn.init.constant_(self.log_selection_pressure, math.log(self._initial_pressure))
 
     def heads(  # noqa: D102

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import attention, attention_decode, rotate
 from smollm.attention.base import (
     Attention,
+    Linear,
     Options,
     QKNorm,
     check_divides,
@@ -75,10 +76,10 @@ class GroupedQueryAttention(Attention):
         check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
         self.num_kv_heads = num_kv_heads
         kv_dim = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias)
+        self.k_proj = Linear(embed_dim, kv_dim, bias=bias)
+        self.v_proj = Linear(embed_dim, kv_dim, bias=bias)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
         self.q_norm = head_norm(qk_norm, self.head_dim)
         self.k_norm = head_norm(qk_norm, self.head_dim)
         self.reset_parameters()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kernels import latent_attention, latent_decode, rotate
 from smollm.attention.base import (
     Attention,
+    Linear,
     Options,
     QKNorm,
     checked_window,
@@ -96,19 +97,19 @@ class MultiHeadLatentAttention(Attention):
         self.latent_dim = latent_dim
         self.scale = (self.head_dim + rope_dim) ** -0.5
         q_dim = num_heads * (self.head_dim + rope_dim)
-        self.q_proj: nn.Module = nn.Linear(embed_dim, q_dim, bias=bias)
+        self.q_proj: nn.Module = Linear(embed_dim, q_dim, bias=bias)
         if q_latent_dim is not None:
             self.q_proj = nn.Sequential(
                 OrderedDict(
-                    down_proj=nn.Linear(embed_dim, q_latent_dim, bias=bias),
+                    down_proj=Linear(embed_dim, q_latent_dim, bias=bias),
                     latent_norm=nn.RMSNorm(q_latent_dim, eps=LATENT_NORM_EPS),
-                    up_proj=nn.Linear(q_latent_dim, q_dim, bias=False),
+                    up_proj=Linear(q_latent_dim, q_dim, bias=False),
                 )
             )
-        self.kv_down_proj = nn.Linear(embed_dim, latent_dim + rope_dim, bias=bias)
+        self.kv_down_proj = Linear(embed_dim, latent_dim + rope_dim, bias=bias)
         self.latent_norm = nn.RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
-        self.kv_up_proj = nn.Linear(latent_dim, num_heads * 2 * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.kv_up_proj = Linear(latent_dim, num_heads * 2 * self.head_dim, bias=False)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
         self.q_nope_norm = head_norm(qk_norm, self.head_dim)
         self.q_rope_norm = head_norm(qk_norm, rope_dim)
         self.k_rope_norm = head_norm(qk_norm, rope_dim)

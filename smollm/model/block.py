@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smollm.attention.base import NORM_EPS, Attention
+from smollm.attention.base import NORM_EPS, Attention, Linear
 from smollm.attention.cache import LayerCache
 from smollm.attention.rope import Rope
 
@@ -20,9 +20,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int, bias: bool, dropout: float) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias=bias)
-        self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=bias)
-        self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=bias)
+        self.gate_proj = Linear(embed_dim, hidden_dim, bias=bias)
+        self.up_proj = Linear(embed_dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, embed_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

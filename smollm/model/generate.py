@@ -1,11 +1,28 @@
 """Generation: greedy or sampled, batched, with every mechanism's own cache."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from smollm.attention.cache import Cache
+from smollm.attention.padding import packing
+
+ROUNDING = 1e-6  # of sums of probabilities that were rounded to fp32
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside; every submodule has its own mode back afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 class Generator(nn.Module):
@@ -13,7 +30,7 @@ class Generator(nn.Module):
 
     vocab_size: int
     max_seq_len: int
-    lm_head: nn.Linear
+    lm_head: nn.Module
 
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: Cache | None = None
@@ -47,7 +64,8 @@ class Generator(nn.Module):
             temperature: 0 (default) is greedy; else logits are divided by it and sampled, from
                 torch's global generator.
             top_k: sample from the k most likely tokens only.
-            top_p: sample from the fewest most likely tokens whose probabilities reach top_p.
+            top_p: sample from the fewest most likely tokens whose probabilities reach top_p; 1 is
+                all of them.
             eos_token_id: a sequence that has drawn it is filled up with it.
             use_cache: False recomputes the whole sequence for every token.
 
@@ -55,8 +73,8 @@ class Generator(nn.Module):
             [B, T + max_new_tokens], the prompts included.
 
         Raises:
-            ValueError: a setting out of range, padding on the right, or more than max_seq_len
-                tokens in all.
+            ValueError, TypeError: a setting out of range, a mask that is not padding on the left,
+                or more than max_seq_len tokens in all.
         """
         self._check_generation(
             input_ids, max_new_tokens, attention_mask, temperature, top_k, top_p, eos_token_id
@@ -70,9 +88,7 @@ class Generator(nn.Module):
         finished = torch.zeros(batch, dtype=torch.bool, device=ids.device)
         cache = self.new_cache(batch, total) if use_cache else None
 
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             for end in range(prompt, total):
                 start = end - 1 if cache is not None and end > prompt else 0
                 visible = mask[:, :end] if attention_mask is not None and start == 0 else None
@@ -84,8 +100,6 @@ class Generator(nn.Module):
                     finished = finished | (token == eos_token_id)
                     if bool(finished.all()):
                         break
-        finally:
-            self.train(was_training)
         return ids
 
     def _check_generation(
@@ -100,8 +114,11 @@ class Generator(nn.Module):
     ) -> None:
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: expected >= 0, got {max_new_tokens}")
+        for name, count, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+                raise TypeError(f"{name}: expected an integer, got {count!r}")
+            if count is not None and count < least:
+                raise ValueError(f"{name}: expected >= {least}, got {count}")
         total = input_ids.shape[1] + max_new_tokens
         if total > self.max_seq_len:
             raise ValueError(
@@ -112,16 +129,10 @@ class Generator(nn.Module):
             raise ValueError(f"temperature: expected >= 0, got {temperature}")
         if temperature == 0 and (top_k is not None or top_p is not None):
             raise ValueError("temperature: expected > 0 with top_k or top_p, got 0 (greedy)")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: expected >= 1, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected in (0, 1], got {top_p}")
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"attention_mask: expected {list(input_ids.shape)}, "
-                    f"got {list(attention_mask.shape)}"
-                )
+            packing(attention_mask, *input_ids.shape)
             if not bool(attention_mask[:, -1].all()):
                 raise ValueError(
                     "attention_mask: expected padding on the left, got it on the right"
@@ -136,12 +147,13 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     """One token per row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, token = (logits / temperature).sort(dim=-1, descending=True)
+    logits, token = logits.double().sort(dim=-1, descending=True)
     if top_k is not None:
         logits, token = logits[:, :top_k], token[:, :top_k]
-    probability = logits.softmax(dim=-1)
-    if top_p is not None:
+    # However small the temperature, the likeliest token keeps a logit of 0.
+    probability = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
+    if top_p is not None and top_p < 1:
         reached = probability.cumsum(dim=-1) - probability  # by the likelier tokens alone
-        probability = probability.masked_fill(reached >= top_p, 0.0)
+        probability = probability.masked_fill((reached > 0) & (reached >= top_p - ROUNDING), 0.0)
     rank = torch.multinomial(probability, num_samples=1)
     return token.gather(1, rank)[:, 0]

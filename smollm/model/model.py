@@ -3,17 +3,17 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smollm.attention.base import NORM_EPS, Attention, init_linear
+from smollm.attention.base import NORM_EPS, Attention, Linear, initialise
 from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
 from smollm.model.block import Block, NormStrategy, SwiGLU
 from smollm.model.generate import Generator
+from smollm.model.head import IGNORED, TiedHead, next_token_loss
 
-IGNORED = -100
+INTEGERS = (torch.int32, torch.int64)
 
 
 def create_smollm_with_attention(
@@ -103,7 +103,10 @@ class SmolLM(Generator):
         self.embed_dim = embed_dim
         self.vocab_size = vocab_size
         self.max_seq_len = max_seq_len
-        self.embed_tokens = nn.Embedding(vocab_size, embed_dim)
+        unset = torch.empty(vocab_size, embed_dim)
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            unset, freeze=False
+        )
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             Block(
@@ -115,24 +118,21 @@ class SmolLM(Generator):
             for _ in range(num_layers)
         )
         self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS)
-        self.lm_head = nn.Linear(embed_dim, vocab_size, bias=False)
-        if tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.lm_head = (
+            TiedHead(self.embed_tokens)
+            if tie_embeddings
+            else Linear(embed_dim, vocab_size, bias=False)
+        )
         for attention in self.attentions:
             attention.is_causal = True
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Embeddings and every projection from N(0, 1 / embed_dim), biases 0, norms 1."""
-        nn.init.normal_(self.embed_tokens.weight, std=self.embed_dim**-0.5)
-        if self.lm_head.weight is not self.embed_tokens.weight:
-            init_linear(self.lm_head, self.embed_dim)
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.attention.reset_parameters()
-            for projection in block.mlp.children():
-                if isinstance(projection, nn.Linear):
-                    init_linear(projection, self.embed_dim)
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Embeddings and every projection from N(0, 1 / embed_dim), biases 0, norms 1.
+
+        Each is drawn by the seed and its name, see `smollm.attention.base.initialise`.
+        """
+        initialise(self, self.embed_dim, seed)
 
     def forward(
         self,
@@ -148,7 +148,7 @@ class SmolLM(Generator):
         Args:
             input_ids: integers [B, T].
             attention_mask: [B, T], True at real tokens, padding at the ends. Default none.
-            labels: [B, T], the input ids; shifted here, once. -100, padding, and the first
+            labels: integers [B, T], the input ids; shifted here, once. -100, padding, and the first
                 token of each sequence are no targets. Default none.
             cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default none.
             cache: continue the sequences that it holds, and store these tokens. Default none.
@@ -161,18 +161,14 @@ class SmolLM(Generator):
             ValueError, TypeError: wrong shapes or ids, more than max_seq_len tokens in a
                 sequence, a mask that is not padding at the ends.
         """
+        self._check_labels(labels, input_ids)
         hidden, positions = self.encode(
             input_ids, attention_mask, cu_seqlens=cu_seqlens, cache=cache
         )
         logits = self.lm_head(hidden)
         if labels is None:
             return {"logits": logits, "loss": None}
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels: expected input_ids' shape {list(input_ids.shape)}, "
-                f"got {list(labels.shape)}"
-            )
-        targets = labels.masked_fill(positions == 0, IGNORED)
+        targets = labels.long().masked_fill(positions == 0, IGNORED)
         return {"logits": logits, "loss": next_token_loss(logits, targets)}
 
     def encode(
@@ -197,15 +193,17 @@ class SmolLM(Generator):
         positions = token_positions(input_ids.shape[1], cu_seqlens, device=input_ids.device)
         if cache is not None:
             full = torch.full((batch,), tokens, dtype=torch.int32, device=input_ids.device)
-            placed = cache.advance(full if packed is None else packed.lengths, tokens)
-            if cache.decoding:
-                positions = placed.view(batch, tokens)
+            step = cache.begin(full if packed is None else packed.lengths, tokens)
+            if step.decoding:
+                positions = step.position.view(batch, tokens)
 
         x = self.dropout(self.embed_tokens(input_ids))
         rope = self.attentions[0].rope(positions)
         for index, block in enumerate(self.layers):
             x = block(x, rope, cu_seqlens, None if cache is None else cache.layers[index])
         x = self.norm(x)
+        if cache is not None:
+            cache.commit()
         if packed is None:
             return x, positions
         return packed.unpack(x), packed.unpack(positions.view(1, -1))
@@ -245,12 +243,31 @@ class SmolLM(Generator):
         2 per weight of every projection and of the head, and 2 H (D_QK + D_V) per visible
         query-key pair; training costs three times as much. Norms and softmaxes are left out.
         """
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        projections = (nn.Linear, TiedHead)
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, projections))
         pairs = sum(
             attention.score_and_value_width() * visible_pairs(seq_len, attention.window_size)
             for attention in self.attentions
         )
         return 2 * weights + 2 * pairs // seq_len
+
+    def _check_labels(self, labels: Tensor | None, input_ids: Tensor) -> None:
+        if labels is None:
+            return
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels: expected input_ids' shape {list(input_ids.shape)}, "
+                f"got {list(labels.shape)}"
+            )
+        if labels.dtype not in INTEGERS:
+            raise TypeError(f"labels: expected integers, got {labels.dtype}")
+        if _readable(labels) and labels.numel():
+            used = labels[labels != IGNORED]
+            if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < self.vocab_size:
+                raise ValueError(
+                    f"labels: expected {IGNORED} or values from 0 to {self.vocab_size - 1}, got "
+                    f"{int(used.min())} to {int(used.max())}"
+                )
 
     def _check(
         self,
@@ -261,12 +278,23 @@ class SmolLM(Generator):
     ) -> None:
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}")
-        if input_ids.dtype not in (torch.int32, torch.int64):
+        if input_ids.dtype not in INTEGERS:
             raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
         if cu_seqlens is not None and (attention_mask is not None or cache is not None):
             raise ValueError("cu_seqlens: expected None beside attention_mask or cache")
+        if cache is not None:
+            if cache.windows != [attention.window_size for attention in self.attentions]:
+                raise ValueError(
+                    f"cache: expected one for {len(self.layers)} layers with this model's windows, "
+                    f"got one for windows {cache.windows}"
+                )
+            if len(cache.lengths) != len(input_ids):
+                raise ValueError(
+                    f"input_ids: expected the cache's B={len(cache.lengths)} sequences, got "
+                    f"{len(input_ids)}"
+                )
         longest = input_ids.shape[1]
-        readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        readable = _readable(input_ids)
         if cu_seqlens is not None:
             longest = int(cu_seqlens.diff().max()) if readable else 0
         if cache is not None:
@@ -283,18 +311,9 @@ class SmolLM(Generator):
             )
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over targets of -log softmax(logits[:, t])[targets[:, t + 1]], fp32, in nats.
-
-    Args:
-        logits: [B, T, V].
-        targets: [B, T]; -100 is no target. With no target at all the loss is 0.
-    """
-    shifted = targets[:, 1:].flatten()
-    total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), shifted, ignore_index=IGNORED, reduction="sum"
-    )
-    return total / (shifted != IGNORED).sum().clamp(min=1)
+def _readable(x: Tensor) -> bool:
+    """Whether values can be looked at without a stall or a break in a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def visible_pairs(tokens: int, window_size: int | None) -> int:

@@ -13,6 +13,7 @@ from smollm import (
     MultiHeadGeneticAttention,
     MultiHeadLatentAttention,
 )
+from smollm.model import generate
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 7])
@@ -118,6 +119,40 @@ def test_a_finished_sequence_is_filled_with_eos():
     assert (out[0, 6:] == eos).all()
 
 
+@pytest.mark.parametrize(("probabilities", "top_p", "kept"), [
+    ((0.5, 0.3, 0.1, 0.1), 0.8, 2), ((0.7, 0.2, 0.1), 0.7, 1), ((0.4, 0.3, 0.2, 0.1), 0.9, 3),
+    ((0.1,) * 10, 0.3, 3), ((0.6, 0.4), 0.61, 2), ((0.6, 0.4), 1e-9, 1),
+])  # fmt: skip
+def test_top_p_keeps_the_fewest_that_reach_it(probabilities, top_p, kept):
+    logits = torch.tensor(probabilities).log().expand(500, -1)
+    drawn = generate._choose(logits, 1.0, None, top_p)
+    assert len(drawn.unique()) == kept
+
+
+def test_a_top_p_of_one_drops_nothing(monkeypatch):
+    """Not even where the sum of a large vocabulary reaches 1 early by rounding."""
+    drawn_from = []
+    draw = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, **_: drawn_from.append(p) or draw(p, 1))
+    generate._choose(torch.linspace(0, 30, 49152)[None], 1.0, None, 1.0)
+    assert int((drawn_from[0] > 0).sum()) == 49152
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-320, 1e-8, 1e300])
+def test_any_temperature_draws(temperature):
+    logits = torch.tensor([[1.0, 3.0, 3.5, -2.0]]).expand(500, -1)
+    drawn = generate._choose(logits, temperature, None, None)
+    assert set(drawn.tolist()) == ({2} if temperature < 1 else {0, 1, 2, 3})
+
+
+def test_generation_leaves_each_submodules_mode():
+    model = build(MultiHeadAttention(WIDTH, 6))
+    model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    model.generate(torch.randint(VOCAB, (1, 4)), 2)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_generation_leaves_the_mode_as_it_was():
     model = build(MultiHeadAttention(WIDTH, 6, dropout=0.5), dropout=0.5)
     ids = torch.randint(VOCAB, (1, 4))
@@ -155,6 +190,53 @@ def test_bytes_that_a_cache_takes(make, per_token, rows):
     assert cache.allocated_bytes == allocated == 2 * rows * cache.bytes_per_token
 
 
+def refused(model, cache, ids):
+    with pytest.raises(ValueError, match=r"cache|input_ids"):
+        model(ids, cache=cache)
+
+
+@pytest.mark.parametrize("parts", [(5, 1, 1, 1), (5, 3, 4), (2, 9)])
+@every_module
+def test_a_call_that_fails_leaves_the_cache_as_it_was(make, parts):
+    """Refused for its batch, its length or its type, or broken off between two layers."""
+    model = build(make()).double().eval()
+    ids = torch.randint(VOCAB, (2, sum(parts)))
+    cache, logits = model.new_cache(2, 25), []
+    for part in ids.split(parts, dim=1):
+        refused(model, cache, part[:1])
+        refused(model, cache, part.repeat(1, 30)[:, :26])
+        broken = model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model((part + 1) % VOCAB, cache=cache)
+        broken.remove()
+        logits.append(model(part, cache=cache)["logits"])
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids)["logits"])
+
+
+def test_a_cache_takes_one_type_only():
+    model = build(MODULES["mga"]()).eval()
+    ids = torch.randint(VOCAB, (1, 6))
+    cache = model.new_cache(1, 9)
+    broken = model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with broken, pytest.raises(ZeroDivisionError):
+        model.double()(ids[:, :4], cache=cache)
+    first = model.float()(ids[:, :4], cache=cache)["logits"]
+    refused(model.double(), cache, ids[:, 4:])
+    rest = model.float()(ids[:, 4:], cache=cache)["logits"]
+    torch.testing.assert_close(torch.cat((first, rest), dim=1), model(ids)["logits"])
+
+
+def test_another_models_cache_is_refused():
+    model, latent = build(MODULES["mha"]()), build(MODULES["mla"]())
+    cache = latent.new_cache(1, 9)
+    latent(IDS, cache=cache)
+    refused(model, cache, IDS[:, :1])
+    refused(model, build(MODULES["gqa"](), num_layers=3).new_cache(1, 9), IDS)
+    refused(model, build(MODULES["mha-window"]()).new_cache(1, 9), IDS)
+    with pytest.raises(ValueError, match="max_tokens: expected >= 1, got 0"):
+        model.new_cache(1, 0)
+
+
 IDS = torch.zeros(1, 5, dtype=torch.int64)
 REFUSALS = [
     (lambda m: m.generate(IDS, 60),
@@ -169,7 +251,7 @@ REFUSALS = [
     (lambda m: m.generate(IDS, 1, attention_mask=torch.tensor([[1, 1, 1, 1, 0]])),
      "attention_mask: expected padding on the left, got it on the right"),
     (lambda m: m.generate(IDS, 1, attention_mask=torch.tensor([[1, 1]])),
-     "attention_mask: expected [1, 5], got [1, 2]"),
+     "attention_mask: expected [B=1, T=5]"),
 ]  # fmt: skip
 
 
@@ -177,6 +259,17 @@ REFUSALS = [
 def test_refusal(call, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         call(build(MODULES["mha"]()))
+
+
+def test_masks_and_counts_of_another_type_are_refused():
+    model = build(MODULES["mha"]())
+    for mask in (torch.ones(1, 5), torch.zeros(1, 5)):
+        with pytest.raises(TypeError, match="attention_mask: expected booleans or integers"):
+            model.generate(IDS, 1, attention_mask=mask)
+    with pytest.raises(TypeError, match=r"max_new_tokens: expected an integer, got 1\.5"):
+        model.generate(IDS, 1.5)
+    with pytest.raises(TypeError, match="top_k: expected an integer, got True"):
+        model.generate(IDS, 1, temperature=1.0, top_k=True)
 
 
 def test_what_a_cache_in_use_refuses():

@@ -1,5 +1,6 @@
 """The whole model: parameters, causality, labels, padding, packing, norms."""
 
+import copy
 import re
 
 import pytest
@@ -153,6 +154,68 @@ def test_embeddings_are_tied_unless_told():
     free = build(MODULES["mha"](), tie_embeddings=False)
     assert free.count_parameters() == tied.count_parameters() + VOCAB * WIDTH
     assert not torch.equal(free.lm_head.weight, free.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.to_empty(device="cpu"),
+    lambda m: m.reset_parameters(),
+    lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+    lambda m: m.double(),
+    copy.deepcopy,
+], ids=["to_empty", "reset", "assign", "double", "deepcopy"])  # fmt: skip
+def test_tied_weights_stay_tied(change):
+    model = build(MODULES["mha"]())
+    changed = change(model)
+    model = changed if isinstance(changed, nn.Module) else model
+    model.reset_parameters(seed=1)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    ids = torch.randint(VOCAB, (1, 5))
+    before = model(ids)["logits"]
+    with torch.no_grad():
+        model.embed_tokens.weight[0] += 1.0
+    assert not torch.equal(model(ids)["logits"][..., 0], before[..., 0])
+    assert "lm_head.weight" not in model.state_dict()
+
+
+def test_a_file_that_holds_the_tied_weight_twice_loads():
+    model, other = build(MODULES["mha"]()), build(MODULES["mha"]())
+    state = other.state_dict()
+    model.load_state_dict(state | {"lm_head.weight": state["embed_tokens.weight"]})
+    assert torch.equal(model.lm_head.weight, other.lm_head.weight)
+    with pytest.raises(RuntimeError, match=r"lm_head\.weight: expected the embedding's"):
+        model.load_state_dict(state | {"lm_head.weight": state["embed_tokens.weight"] + 1})
+
+
+def test_models_of_one_seed_differ_in_attention_alone():
+    """Whatever their mechanisms draw, and wherever a mechanism stands among them."""
+    models = []
+    for make in MODULES.values():
+        torch.manual_seed(5)
+        models.append(build(make()))
+    first = dict(models[0].named_parameters())
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if ".attention." not in name or name.endswith("out_proj.weight"):
+                assert torch.equal(parameter, first[name]), name
+    assert not torch.equal(first["embed_tokens.weight"], build(MODULES["mha"]()).lm_head.weight)
+    one, other = (build(MODULES["mga"]()) for _ in range(2))
+    one.reset_parameters(seed=3), other.reset_parameters(seed=3)
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    layers = [block.attention.w_g.weight for block in one.layers]
+    assert not torch.equal(*layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_labels_of_any_integer_type(dtype):
+    model = build(MODULES["gqa"]())
+    ids = torch.randint(VOCAB, (2, 7), dtype=dtype)
+    loss = model(ids, labels=ids)["loss"]
+    assert torch.equal(loss, model(ids.long(), labels=ids.long())["loss"])
+    with pytest.raises(TypeError, match=r"labels: expected integers, got torch\.float32"):
+        model(ids, labels=ids.float())
+    for wrong in (-1, VOCAB, -101):
+        with pytest.raises(ValueError, match="labels: expected -100 or values from 0 to 30"):
+            model(ids, labels=torch.full_like(ids, wrong))
 
 
 def test_biases_only_when_asked():
