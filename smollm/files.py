@@ -6,9 +6,9 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 LOCK = ".lock"
 
@@ -40,28 +40,53 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes that ask for it; it is free again when they end.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the folder, made if need be, against other processes; it is free when they end.
+
+    Args:
+        folder: what to hold, by a file in it that goes with the lock.
+        wait: until another process lets go, instead of refusing.
 
     Raises:
         BlockingIOError: another process holds it; the text names the folder and the process.
     """
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise BlockingIOError(
-                f"{folder}: expected a folder of its own, got one that process {holder} writes to"
-            ) from None
+    with _lock_file(folder, wait) as file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         try:
             yield
         finally:
-            file.truncate(0)
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+def _lock_file(folder: Path, wait: bool) -> TextIO:
+    """The folder's lock file, open and locked; its last holder may remove both meanwhile."""
+    for _ in range(1000):
+        try:
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+            file = (folder / LOCK).open("a+")
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                return file
+            file.close()
+        except FileNotFoundError:
+            file.close()
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise BlockingIOError(
+                f"{folder}: expected a folder of its own, got one that process {holder} writes to"
+            ) from None
+        except BaseException:
+            file.close()
+            raise
+    raise FileNotFoundError(f"{folder}: expected a folder, got what none can be made of")
 
 
 def _finite(value: Any) -> Any:

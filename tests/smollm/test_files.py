@@ -7,6 +7,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -78,3 +80,40 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     with locked(tmp_path):
         pass
+
+
+def test_a_lock_makes_its_folder_and_leaves_no_file(tmp_path):
+    with locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").is_file()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_what_cannot_be_a_folder_is_not_locked(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    for path in ("file", "file/x", "link", "link/x"):
+        with pytest.raises(OSError, match=path), locked(tmp_path / path):
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_who_waits_for_a_lock_gets_it_though_its_folder_goes(tmp_path):
+    order = []
+
+    def wait(name):
+        with locked(tmp_path / "x", wait=True):
+            order.append(name)
+            assert (tmp_path / "x" / ".lock").read_text() == str(os.getpid())
+            order.append(name)
+        with suppress(OSError):  # the next may hold it by now
+            (tmp_path / "x").rmdir()
+
+    waiting = [threading.Thread(target=wait, args=(name,)) for name in range(6)]
+    with locked(tmp_path / "x"):
+        for thread in waiting:
+            thread.start()
+        time.sleep(0.2)
+        assert order == []
+    for thread in waiting:
+        thread.join()
+    assert order[::2] == order[1::2] and sorted(order[::2]) == list(range(6))
