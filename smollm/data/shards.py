@@ -89,6 +89,8 @@ class TokenWindows:
         Raises:
             ValueError: there is not one.
         """
+        if seq_len < 1:
+            raise ValueError(f"seq_len: expected >= 1, got {seq_len}")
         count = sum(len(shard) // seq_len for shard in self._shards)
         if count == 0:
             raise ValueError(
@@ -116,10 +118,24 @@ class TokenWindows:
 
     def sequential(self, batch_size: int, seq_len: int) -> Iterator[Tensor]:
         """Every window once, in file order, int64 [<= batch_size, seq_len] at a time."""
+        return self.spread(batch_size, seq_len, self.num_windows(seq_len))
+
+    def spread(self, batch_size: int, seq_len: int, most: int) -> Iterator[Tensor]:
+        """At most `most` windows, evenly spaced over all of them in file order.
+
+        Window i of n out of N stands at floor((i + 1/2) N / n): in the middle of its n-th.
+
+        Yields:
+            int64 [<= batch_size, seq_len].
+        """
         count = self.num_windows(seq_len)
-        for start in range(0, count, batch_size):
-            windows = range(start, min(start + batch_size, count))
-            rows = [self._window(index, seq_len) for index in windows]
+        for name, value in (("batch_size", batch_size), ("most", most)):
+            if value < 1:
+                raise ValueError(f"{name}: expected >= 1, got {value}")
+        most = min(most, count)
+        for start in range(0, most, batch_size):
+            places = range(start, min(start + batch_size, most))
+            rows = [self._window((2 * i + 1) * count // (2 * most), seq_len) for i in places]
             yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def _window(self, index: int, seq_len: int) -> Tokens:

@@ -95,21 +95,17 @@ def batch_arguments(ids: Tensor, eos_id: int, document_mask: bool) -> tuple[Tens
 def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, float]:
     """Loss on held-out documents, in nats per token, as perplexity and in bits per byte.
 
-    Every window of seq_len tokens predicts all its tokens but the first; the bytes are those of
-    the predicted tokens, so bits per byte compare across tokenizers.
+    Windows of seq_len tokens, at most val_tokens, come from all over the split. Each predicts all
+    its tokens but the first; the bytes are those of the predicted tokens, so bits per byte compare
+    across tokenizers.
     """
     device = model.embed_tokens.weight.device
     token_bytes = corpus.token_bytes.to(device)
-    nats, targets, size, seen = 0.0, 0, 0, 0
+    nats, targets, size = 0.0, 0, 0
     model.eval()
-    for batch in corpus.val.sequential(config.batch_size, config.seq_len):
-        windows = min(len(batch), (config.val_tokens - seen) // config.seq_len)
-        if windows == 0:
-            break
-        seen += windows * config.seq_len
-        ids, cu_seqlens = batch_arguments(
-            batch[:windows].to(device), corpus.eos_id, config.document_mask
-        )
+    most = config.val_tokens // config.seq_len
+    for batch in corpus.val.spread(config.batch_size, config.seq_len, most):
+        ids, cu_seqlens = batch_arguments(batch.to(device), corpus.eos_id, config.document_mask)
         predicted = ids[token_positions(ids.shape[1], cu_seqlens, device=device).expand_as(ids) > 0]
         with autocast(config, device):
             loss = model(ids, labels=ids, cu_seqlens=cu_seqlens)["loss"]

@@ -105,6 +105,37 @@ def test_sequential_reads_in_order_with_a_smaller_last_batch():
     assert [len(batch) for batch in windows(20).sequential(2, 6)] == [2, 1]
 
 
+def starts(batches):
+    return torch.cat(list(batches))[:, 0].tolist()
+
+
+def test_spread_windows_come_from_all_over_the_split():
+    reader = windows(40, 24, 36)  # 10 + 6 + 9 windows of 4
+    assert starts(reader.spread(2, 4, 5)) == [8, 28, 48, 68, 88]
+    assert [len(batch) for batch in reader.spread(2, 4, 5)] == [2, 2, 1]
+    assert starts(reader.spread(3, 4, 1)) == [48]
+    for most in (25, 26, 1000):
+        assert starts(reader.spread(4, 4, most)) == starts(reader.sequential(4, 4))
+
+
+@given(st.integers(1, 300), st.integers(1, 400), st.integers(1, 9))
+def test_spread_windows_are_even_and_distinct(count, most, batch_size):
+    batches = list(windows(count * 2).spread(batch_size, 2, most))
+    assert all(b.dtype == torch.int64 and b.shape[1] == 2 for b in batches)
+    places = [start // 2 for start in starts(batches)]
+    assert len(places) == min(count, most)
+    gaps = np.diff(places)
+    assert len(gaps) == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+    assert abs(places[0] - (count - 1 - places[-1])) <= 1
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seq_len", "most"])
+def test_windows_of_nothing_are_refused(name):
+    arguments = {"batch_size": 2, "seq_len": 4, "most": 3} | {name: 0}
+    with pytest.raises(ValueError, match=f"{name}: expected >= 1, got 0"):
+        list(windows(40).spread(**arguments))
+
+
 def test_a_sequence_longer_than_any_shard_is_refused():
     with pytest.raises(ValueError, match=re.escape("corpus (20), got 21")):
         windows(20, 9).batch(0, 1, 21, 0)

@@ -154,7 +154,7 @@ def test_evaluation_counts_every_target_once(corpus):
     train = TrainConfig(seq_len=32, batch_size=3, val_tokens=320, device="cpu")
     model = build_model("gqa", SMALL, corpus.vocab_size)
     measured = metrics.evaluate(model, corpus, train)
-    ids = torch.cat(list(corpus.val.sequential(1, 32)))[:10]
+    ids = torch.cat(list(corpus.val.spread(1, 32, 10)))
     with torch.no_grad():
         logits = model(ids)["logits"]
     nats = torch.nn.functional.cross_entropy(
