@@ -1,6 +1,7 @@
 """Corpora: where documents come from, how they become token shards, and what opens those."""
 
-from smollm.data.corpus import Corpus, load_corpus
+from smollm.data.corpus import Corpus
+from smollm.data.load import load_corpus
 from smollm.data.prepare import prepare_builtin, prepare_corpus
 from smollm.data.shards import document_boundaries
 

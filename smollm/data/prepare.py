@@ -4,52 +4,139 @@ It holds token shards (train_000000.bin, ..., val_000000.bin, ...), tokenizer.js
 """
 
 import hashlib
-import json
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from smollm.data.shards import MAX_VOCAB, write_shard
+from smollm.data.corpus import DEFAULT_ROOT, TOKENIZER, Corpus, Manifest, write_manifest
+from smollm.data.folders import BUILTIN, build, check_new_name, find_place, settle
+from smollm.data.shards import MAX_TOKENS, write_shard
 from smollm.data.sources import (
     HUB_SHARDS,
-    SMOLLM_TOKENIZER,
-    load_tokenizer,
+    check_parquet,
+    hub_texts,
     parquet_texts,
     python_documents,
 )
-from smollm.files import write_json
+from smollm.data.tokenizer import (
+    END_OF_TEXT,
+    SMOLLM_TOKENIZER,
+    end_of_text,
+    load_tokenizer,
+    spellings,
+    vocab_size,
+)
+from smollm.files import write_atomically
 
-BUILTIN = "builtin"
 BUILTIN_VOCAB = 4096
-END_OF_TEXT = "<|endoftext|>"
+SHARD_TOKENS = 100_000_000
 
 
-def prepare_builtin(root: Path = Path(".data")) -> Path:
+def prepare_builtin(root: Path = DEFAULT_ROOT) -> Path:
     """Tokenise the prose that CPython carries, unless this version's already stands there.
 
     Documents are pydoc's help topics and the docstrings of each module of the standard library,
     about 1.7 MB; the tokenizer is a byte-level BPE of 4096 entries trained on the training
-    documents. The text varies with Python's version, and so does the corpus hash.
+    documents. The text varies with Python's version, and so does the corpus hash. A damaged one
+    is made anew; of two processes that make it at once one waits for the other's.
 
     Args:
         root: folder of prepared corpora.
 
     Returns:
         The corpus's folder.
+
+    Raises:
+        ValueError: what stands there is no corpus of ours, and is left alone.
     """
+    return open_builtin(root).folder
+
+
+def open_builtin(root: Path = DEFAULT_ROOT) -> Corpus:
+    """The built-in corpus, prepared when need be; see `prepare_builtin`."""
     folder = root / BUILTIN
-    version = platform.python_version()
-    about_file = folder / "corpus.json"
-    if about_file.is_file() and json.loads(about_file.read_text()).get("python") == version:
-        return folder
-    documents = list(python_documents())
+    if (whole := _whole_builtin(folder)) is not None:
+        return whole
+    place = find_place(root, BUILTIN, replace=True)
+    with build(place, wait=True) as new:
+        if (whole := _whole_builtin(folder)) is not None:
+            return whole
+        documents = list(python_documents())
+        tokenizer = _train_tokenizer([d for d in documents if not _held_out(d, 50)])
+        version = platform.python_version()
+        _write_corpus(new, BUILTIN, documents, tokenizer, held_out=50, python=version)
+        find_place(root, BUILTIN, replace=True)
+        settle(new, place)
+    return Corpus(folder)
+
+
+def prepare_corpus(
+    name: str,
+    shards: int,
+    root: Path = DEFAULT_ROOT,
+    *,
+    data_files: Sequence[Path] = (),
+    tokenizer: str = SMOLLM_TOKENIZER,
+    shard_tokens: int = SHARD_TOKENS,
+    replace: bool = False,
+) -> Path:
+    """Tokenise parquet files with a `text` column into shards.
+
+    Args:
+        name: "fineweb-edu-dedup" or "cosmopedia-v2" of the SmolLM corpus, streamed from the
+            Hugging Face hub; or any other name for data_files.
+        shards: how many of the hub's files, from the first.
+        root: folder of prepared corpora.
+        data_files: local parquet files to read instead.
+        tokenizer: a tokenizer.json, or a model on the hub; byte-level BPE, whose tokens spell
+            every document byte for byte.
+        shard_tokens: tokens in a shard.
+        replace: a corpus of that name goes once this one is whole.
+
+    Returns:
+        The corpus's folder.
+
+    Raises:
+        ValueError: an odd or taken name, shards out of range, a file that is no parquet with
+            text, a tokenizer that does not fit, or too few documents to hold some out.
+        FileNotFoundError: no such data file or tokenizer. BlockingIOError: another process
+            prepares a corpus of that name. ConnectionError: the hub cannot be reached.
+    """
+    check_new_name(name, local=bool(data_files))
+    if not data_files and not 1 <= shards <= HUB_SHARDS[name]:
+        raise ValueError(f"shards: expected 1 to {HUB_SHARDS[name]} of {name}, got {shards}")
+    if not 1 <= shard_tokens <= MAX_TOKENS:
+        raise ValueError(f"shard_tokens: expected 1 to {MAX_TOKENS}, got {shard_tokens}")
+    place = find_place(root, name, replace=replace)
+    if data_files:
+        check_parquet(data_files)
+    loaded = load_tokenizer(tokenizer)
+    end_of_text(loaded)
+    with build(place) as new:
+        find_place(root, name, replace=replace)  # another process may just have finished
+        documents = parquet_texts(data_files) if data_files else hub_texts(name, shards)
+        _write_corpus(new, name, documents, loaded, held_out=5, shard_tokens=shard_tokens)
+        find_place(root, name, replace=replace)
+        settle(new, place)
+    return root / name
+
+
+def _whole_builtin(folder: Path) -> Corpus | None:
+    """The built-in corpus if it stands there undamaged and is of this Python's text."""
+    try:
+        corpus = Corpus(folder)
+    except (ValueError, FileNotFoundError):
+        return None
+    return corpus if corpus.python == platform.python_version() else None
+
+
+def _train_tokenizer(documents: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,113 +146,85 @@ def prepare_builtin(root: Path = Path(".data")) -> Path:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((d for d in documents if not _held_out(d, 50)), trainer)
-    return _prepare(BUILTIN, documents, tokenizer, root, held_out=50, python=version)
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
 
 
-def prepare_corpus(
-    name: str,
-    shards: int,
-    root: Path = Path(".data"),
-    *,
-    data_files: Sequence[Path] = (),
-    tokenizer: str = SMOLLM_TOKENIZER,
-    shard_tokens: int = 100_000_000,
-) -> Path:
-    """Tokenise parquet files with a `text` column into shards.
-
-    Args:
-        name: "fineweb-edu-dedup" or "cosmopedia-v2" of the SmolLM corpus, streamed from the
-            Hugging Face hub; or any name for data_files.
-        shards: how many of the hub's files, from the first.
-        root: folder of prepared corpora.
-        data_files: local parquet files to read instead.
-        tokenizer: a tokenizer.json, or a model on the hub; byte-level BPE.
-        shard_tokens: tokens in a shard.
-
-    Returns:
-        The corpus's folder.
-
-    Raises:
-        ValueError: an unknown name, shards out of range, a tokenizer that does not fit, or too
-            few documents to hold some out. FileNotFoundError: no such data file.
-        ConnectionError: the hub cannot be reached.
-    """
-    if name == BUILTIN or Path(name).name != name or name.startswith("."):
-        raise ValueError(f"corpus: expected the name of a folder but {BUILTIN!r}, got {name!r}")
-    if not data_files:
-        if name not in HUB_SHARDS:
-            raise ValueError(f"corpus: expected one of {[BUILTIN, *HUB_SHARDS]}, got {name!r}")
-        if not 1 <= shards <= HUB_SHARDS[name]:
-            raise ValueError(f"shards: expected 1 to {HUB_SHARDS[name]} of {name}, got {shards}")
-    for path in data_files:
-        if not path.is_file():
-            raise FileNotFoundError(f"data_files: expected a parquet file, got {path}")
-    loaded = load_tokenizer(tokenizer)
-    texts = parquet_texts(name, shards, data_files)
-    return _prepare(name, texts, loaded, root, held_out=5, shard_tokens=shard_tokens)
-
-
-def _prepare(
+def _write_corpus(
+    folder: Path,
     name: str,
     documents: Iterable[str],
     tokenizer: Tokenizer,
-    root: Path,
     *,
     held_out: int,
-    shard_tokens: int = 100_000_000,
-    **about: str,
-) -> Path:
-    """Write a corpus beside its place and move it there once it is whole."""
-    eos_id = _end_of_text(tokenizer)
+    shard_tokens: int = SHARD_TOKENS,
+    python: str | None = None,
+) -> None:
+    """Fill an empty folder: shards, tokenizer.json and last corpus.json."""
+    eos_id = end_of_text(tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a document that spells one out does not end there
-    root.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-    digest = hashlib.sha256()
-    writers = {s: _ShardWriter(building, s, shard_tokens) for s in ("train", "val")}
+    spelled = spellings(tokenizer)
+    writers = {s: _ShardWriter(folder, s, shard_tokens) for s in ("train", "val")}
     count = 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    screen = Console(stderr=True)
+    shown = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+    with shown as progress:
+        task = progress.add_task(f"tokenising {name}")
+        for texts in _batches(documents, 256):
+            for text, encoding in zip(texts, _encode(tokenizer, texts), strict=True):
+                _check_spelling(text, b"".join(map(spelled.__getitem__, encoding.ids)))
+                split = "val" if _held_out(text, held_out) else "train"
+                writers[split].add([*encoding.ids, eos_id])
+            count += len(texts)
+            tokens = sum(writer.tokens for writer in writers.values())
+            progress.update(
+                task, description=f"tokenising {name}: {count:,} documents, {tokens:,} tokens"
+            )
+    for split, writer in writers.items():
+        writer.close()
+        if writer.tokens == 0:
+            raise ValueError(
+                f"{name}: expected enough documents to hold some out, got {count} and an "
+                f"empty {split} split"
+            )
+    about = tokenizer.to_str(pretty=True).encode()
+    write_atomically(folder / TOKENIZER, lambda file: file.write(about))
+    files = {TOKENIZER: hashlib.sha256(about).hexdigest()}
+    manifest = Manifest(
+        name=name,
+        vocab_size=vocab_size(tokenizer),
+        eos_id=eos_id,
+        documents=count,
+        train_tokens=writers["train"].tokens,
+        val_tokens=writers["val"].tokens,
+        files=files | writers["train"].files | writers["val"].files,
+        python=python,
+    )
+    write_manifest(folder, manifest)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
     try:
-        with Progress(*columns, transient=True) as progress:
-            task = progress.add_task(f"tokenising {name}")
-            for texts in _batches(documents, 256):
-                encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-                for text, encoding in zip(texts, encodings, strict=True):
-                    raw = text.encode()
-                    digest.update(len(raw).to_bytes(8, "little") + raw)
-                    split = "val" if _held_out(text, held_out) else "train"
-                    writers[split].add([*encoding.ids, eos_id])
-                count += len(texts)
-                tokens = sum(writer.tokens for writer in writers.values())
-                progress.update(
-                    task, description=f"tokenising {name}: {count:,} documents, {tokens:,} tokens"
-                )
-        for split, writer in writers.items():
-            writer.close()
-            if writer.tokens == 0:
-                raise ValueError(
-                    f"{name}: expected enough documents to hold some out, got {count} and an "
-                    f"empty {split} split"
-                )
-        tokenizer.save(str(building / "tokenizer.json"))
-        content = {
-            "name": name,
-            "sha256": digest.hexdigest(),
-            "vocab_size": vocab_size(tokenizer),
-            "eos_id": eos_id,
-            "documents": count,
-            "train_tokens": writers["train"].tokens,
-            "val_tokens": writers["val"].tokens,
-            **about,
-        }
-        write_json(building / "corpus.json", content)
-        building.chmod(0o755)
-        shutil.rmtree(root / name, ignore_errors=True)
-        return building.rename(root / name)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        encodings: list[Encoding] = tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer: expected one that takes any text, got {error}") from error
+    return encodings
+
+
+def _check_spelling(text: str, spelled: bytes) -> None:
+    """Bits per byte counts the bytes of tokens, so they must be those of the document."""
+    raw = text.encode()
+    if spelled != raw:
+        pairs = zip(raw, spelled, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        raise ValueError(
+            "tokenizer: expected tokens that spell every document byte for byte, got "
+            f"{spelled[same : same + 40]!r} for {raw[same : same + 40]!r}; a normalizer, a prefix "
+            "space, unknown tokens, or added tokens that take in spaces do this"
+        )
 
 
 def _batches(documents: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -179,9 +238,9 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
         self.tokens = 0
+        self.files: dict[str, str] = {}  # sha256 by name
         self._folder = folder
         self._split = split
-        self._shards = 0
         self._filled = 0
         self._buffer = np.empty(shard_tokens, dtype=np.uint16)
 
@@ -198,32 +257,12 @@ class _ShardWriter:
 
     def close(self) -> None:
         if self._filled:
-            path = self._folder / f"{self._split}_{self._shards:06d}.bin"
-            write_shard(path, self._buffer[: self._filled])
-            self._shards, self._filled = self._shards + 1, 0
+            name = f"{self._split}_{len(self.files):06d}.bin"
+            self.files[name] = write_shard(self._folder / name, self._buffer[: self._filled])
+            self._filled = 0
 
 
 def _held_out(text: str, per_mille: int) -> bool:
     """Whether a document is for validation: its own text decides, whatever stands around it."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little") % 1000 < per_mille
-
-
-def _end_of_text(tokenizer: Tokenizer) -> int:
-    """Check that the tokenizer fits the shards; the id that ends a document."""
-    size = vocab_size(tokenizer)
-    if size > MAX_VOCAB:
-        raise ValueError(
-            f"tokenizer: expected a vocabulary of at most {MAX_VOCAB} (uint16), got {size}"
-        )
-    eos_id: int | None = tokenizer.token_to_id(END_OF_TEXT)
-    if eos_id is None:
-        raise ValueError(f"tokenizer: expected a token {END_OF_TEXT}, got none")
-    if "ByteLevel" not in json.dumps(json.loads(tokenizer.to_str())["decoder"]):
-        raise ValueError("tokenizer: expected a byte-level BPE, got another decoder")
-    return eos_id
-
-
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id."""
-    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1

@@ -1,9 +1,11 @@
 """Token shards on disk, and batches that are a pure function of the step."""
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -14,55 +16,70 @@ from smollm.files import write_atomically
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256  # llm.c's layout
 HEADER_BYTES = 4 * HEADER_WORDS
-MAX_VOCAB = 65_535  # ids are uint16
+MAX_VOCAB = 65_536  # ids are uint16
+MAX_TOKENS = 2**31 - 1  # the header counts in int32
 
 Tokens = npt.NDArray[np.uint16]
 
 
-def write_shard(path: Path, tokens: Tokens) -> None:
-    """Write tokens as a shard: 256 int32 (magic, version, count, zeros), then uint16 ids."""
+def write_shard(path: Path, tokens: Tokens) -> str:
+    """Write tokens as a shard: 256 int32 (magic, version, count, zeros), then uint16 ids.
+
+    Returns:
+        The file's sha256.
+    """
     header = np.zeros(HEADER_WORDS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    body = np.ascontiguousarray(tokens, dtype="<u2")
+    parts = header.data, np.ascontiguousarray(tokens, dtype="<u2").data
+    digest = hashlib.sha256()
 
-    def write(file: Any) -> None:
-        file.write(header.tobytes())
-        file.write(body.tobytes())
+    def write(file: BinaryIO) -> None:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
 
     write_atomically(path, write)
+    return digest.hexdigest()
 
 
-def open_shard(path: Path, vocab_size: int) -> Tokens:
+def is_shard(path: Path) -> bool:
+    """Whether a file begins as a shard does."""
+    with path.open("rb") as file:
+        return file.read(8) == np.array([MAGIC, VERSION], dtype="<i4").tobytes()
+
+
+def open_shard(path: Path) -> Tokens:
     """Map a shard's tokens into memory.
 
     Raises:
-        ValueError: corrupt shard: its header, its size or an id is not what it should be.
+        ValueError: corrupt shard: its header or its size is not what it should be.
     """
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = np.frombuffer(file.read(12), dtype="<i4") if size >= HEADER_BYTES else ()
+        if len(header) != 3:
+            raise ValueError(
+                f"{path}: corrupt shard: expected {HEADER_BYTES} bytes of header, got {size}"
+            )
+        magic, version, count = map(int, header)
+        if (magic, version) != (MAGIC, VERSION):
+            raise ValueError(
+                f"{path}: corrupt shard: expected magic {MAGIC}, version {VERSION}, "
+                f"got {magic}, {version}"
+            )
+        if count < 0:
+            raise ValueError(f"{path}: corrupt shard: expected a count >= 0, got {count}")
+        expected = HEADER_BYTES + 2 * count
+        if size == expected and count == 0:
+            return np.zeros(0, dtype="<u2")
+        try:
+            if size == expected:
+                return np.memmap(file, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+        except ValueError:  # the file shrank since its size was read
+            size = os.fstat(file.fileno()).st_size
         raise ValueError(
-            f"{path}: corrupt shard: expected {HEADER_BYTES} bytes of header, got {size}"
+            f"{path}: corrupt shard: expected {expected} bytes for its {count} tokens, got {size}"
         )
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3)
-    if (magic, version) != (MAGIC, VERSION):
-        raise ValueError(
-            f"{path}: corrupt shard: expected magic {MAGIC}, version {VERSION}, "
-            f"got {magic}, {version}"
-        )
-    if size != HEADER_BYTES + 2 * int(count):
-        raise ValueError(
-            f"{path}: corrupt shard: expected {HEADER_BYTES + 2 * int(count)} bytes for its "
-            f"{count} tokens, got {size}"
-        )
-    if count == 0:
-        return np.zeros(0, dtype="<u2")
-    tokens: Tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
-    largest = int(tokens.max())
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{path}: corrupt shard: expected ids below vocab_size={vocab_size}, got {largest}"
-        )
-    return tokens
 
 
 class TokenWindows:

@@ -1,16 +1,18 @@
-"""Where documents and tokenizers come from: this Python, the hub, local files."""
+"""Where documents come from: this Python, the hub, local files."""
 
 import ast
+import http.client
 import sysconfig
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Tokenizer
+import pyarrow  # type: ignore[import-untyped]
+from pyarrow import parquet
 
 SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus"
-SMOLLM_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 HUB_SHARDS = {"fineweb-edu-dedup": 234, "cosmopedia-v2": 104}
 OFFLINE = (
     "Without a network, `python train.py` trains on its built-in corpus, and --data-files with "
@@ -31,7 +33,7 @@ def python_documents() -> Iterator[str]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
+        except (OSError, SyntaxError, ValueError):
             continue
         nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
         text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
@@ -39,59 +41,73 @@ def python_documents() -> Iterator[str]:
             yield text
 
 
-def parquet_texts(name: str, shards: int, data_files: Sequence[Path]) -> Iterator[str]:
-    """The `text` column of local parquet files, or of a hub corpus's first `shards` files.
+def check_parquet(paths: Sequence[Path]) -> None:
+    """Check by their headers that files are parquet with text in a column `text`.
 
     Raises:
-        ValueError: there is no such column. ConnectionError: a file cannot be read.
+        FileNotFoundError: no such file. ValueError: what else is wrong with which file.
+    """
+    rows = 0
+    for path in paths:
+        if not path.is_file():
+            found = "something else" if path.exists() else "no such file"
+            raise FileNotFoundError(
+                f"data_files: expected a parquet file, got {str(path)!r}, {found}"
+            )
+        with _parquet(path) as file:
+            schema = file.schema_arrow
+            columns = schema.get_all_field_indices("text")
+            if len(columns) != 1:
+                raise ValueError(
+                    f"data_files: expected one column 'text', got {schema.names} in {path}"
+                )
+            kind = schema.field(columns[0]).type
+            if not _is_text(kind):
+                raise ValueError(
+                    f"data_files: expected strings in column 'text', got {kind} in {path}"
+                )
+            rows += file.metadata.num_rows
+    if rows == 0:
+        raise ValueError(
+            f"data_files: expected documents, got none in {', '.join(map(str, paths))}"
+        )
+
+
+def parquet_texts(paths: Sequence[Path]) -> Iterator[str]:
+    """The `text` column of local parquet files, less what is null or empty.
+
+    Raises:
+        ValueError: a file is corrupt.
+    """
+    for path in paths:
+        with _parquet(path) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                yield from filter(None, batch.column("text").to_pylist())
+
+
+def hub_texts(name: str, shards: int) -> Iterator[str]:
+    """The `text` column of a hub corpus's first `shards` files, streamed.
+
+    Raises:
+        ConnectionError: a file cannot be read.
     """
     import datasets
 
-    if data_files:
-        source, files = "parquet", [str(path) for path in data_files]
-    else:
-        _reach_hub()
-        total = HUB_SHARDS[name]
-        source = SMOLLM_CORPUS
-        files = [f"{name}/train-{i:05d}-of-{total:05d}.parquet" for i in range(shards)]
+    reach_hub()
+    total = HUB_SHARDS[name]
+    files = [f"{name}/train-{i:05d}-of-{total:05d}.parquet" for i in range(shards)]
     try:
         stream = datasets.load_dataset(
-            source, data_files={"train": files}, split="train", streaming=True
+            SMOLLM_CORPUS, data_files={"train": files}, split="train", streaming=True
         )
         for row in stream:
             if row["text"]:
                 yield row["text"]
-    except KeyError as error:
-        raise ValueError(f"{files[0]}: expected a column 'text', got none") from error
-    except (ConnectionError, FileNotFoundError) as error:
-        raise ConnectionError(f"{source} could not be read: {error}. {OFFLINE}") from error
+    except Exception as error:  # the library passes on whatever the network's layers raise
+        raise ConnectionError(f"{SMOLLM_CORPUS} could not be read: {error}. {OFFLINE}") from error
 
 
-def load_tokenizer(source: str) -> Tokenizer:
-    """A tokenizer.json, or the tokenizer of a model on the hub.
-
-    Raises:
-        ValueError: the file is no tokenizer. ConnectionError: the hub cannot be reached.
-    """
-    if Path(source).is_file():
-        try:
-            return Tokenizer.from_file(source)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(
-                f"tokenizer: expected a tokenizer.json, got {source}: {error}"
-            ) from error
-    from huggingface_hub import hf_hub_download
-
-    _reach_hub()
-    try:
-        return Tokenizer.from_file(hf_hub_download(source, "tokenizer.json"))
-    except OSError as error:
-        raise ConnectionError(
-            f"tokenizer {source} could not be loaded: {error}. {OFFLINE}"
-        ) from error
-
-
-def _reach_hub() -> None:
+def reach_hub() -> None:
     """Without a network, go straight to the hub library's cache instead of a minute of retries."""
     import datasets
     from huggingface_hub import constants
@@ -100,5 +116,22 @@ def _reach_hub() -> None:
         urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
     except urllib.error.HTTPError:
         return
-    except OSError:
+    except (OSError, http.client.HTTPException):
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[parquet.ParquetFile]:
+    """Open a file by its very name; whatever is wrong inside becomes a ValueError that names it."""
+    try:
+        with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data_files: expected a parquet file, got {path}: {error}") from error
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    checks = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    return any(check(kind) for check in checks)

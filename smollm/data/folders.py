@@ -1,0 +1,195 @@
+"""Where corpora stand: their names, and how one takes its place and harms nothing that is there."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from smollm.data.corpus import ABOUT, SHARD, TOKENIZER, VERIFIED, holds_corpus, read_manifest
+from smollm.data.shards import is_shard
+from smollm.data.sources import HUB_SHARDS
+from smollm.files import LOCK, locked
+
+AUTO, BUILTIN = "auto", "builtin"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+BUILDING = ".building"
+NEW, OLD = "new", "old"  # inside the folder that is being built: what comes and what goes
+
+
+def check_name(name: str) -> None:
+    """Refuse what does not name one folder under the root.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            "corpus: expected a name of letters, digits, '.', '_' and '-' that begins with a "
+            f"letter, a digit or '_', at most 100 long, got {name!r:.120}"
+        )
+
+
+def check_new_name(name: str, *, local: bool) -> None:
+    """Refuse what no corpus of this kind may be called.
+
+    Args:
+        name: the corpus's.
+        local: made of the caller's own files, not of the hub's.
+
+    Raises:
+        ValueError: it may not.
+    """
+    check_name(name)
+    reserved = (AUTO, BUILTIN)
+    if name.lower() in reserved:
+        raise ValueError(f"corpus: expected a name other than {reserved}, got {name!r}")
+    if local and name.lower() in HUB_SHARDS:
+        raise ValueError(
+            f"corpus: expected a name of its own for data_files, got {name!r}, the hub's"
+        )
+    if not local and name not in HUB_SHARDS:
+        raise ValueError(f"corpus: expected one of {[BUILTIN, *HUB_SHARDS]}, got {name!r}")
+
+
+def find_place(root: Path, name: str, *, replace: bool) -> Path:
+    """Where a corpus goes: root / name, or where a link there leads.
+
+    Args:
+        root: folder of prepared corpora; need not exist.
+        name: the corpus's.
+        replace: it may take the place of a corpus.
+
+    Raises:
+        ValueError: something stands there that it may not replace.
+    """
+    link = root / name
+    if link.is_symlink() and not link.exists():
+        raise ValueError(f"corpus: expected a folder, got {link}, a link that leads nowhere")
+    place = link.resolve()
+    nearest = next(path for path in place.parents if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"root: expected a folder that can be written to, got {str(nearest)!r}")
+    if place.exists():
+        _check_replaceable(place, link, replace=replace)
+    return place
+
+
+@contextmanager
+def build(place: Path, *, wait: bool = False) -> Iterator[Path]:
+    """A folder beside a place, in which to build what `settle` then moves there.
+
+    One process at a time holds it; what a killed one left is cleared, and an interrupted
+    replacement is undone.
+
+    Args:
+        place: where the corpus will stand.
+        wait: for another process that builds it, instead of refusing.
+
+    Yields:
+        An empty folder, which is gone afterwards.
+
+    Raises:
+        BlockingIOError: another process builds it; the text names the process.
+        OSError: nothing can be written there.
+    """
+    created = [path for path in (place.parent, *place.parent.parents) if not path.exists()]
+    for leftover in place.parent.glob(f".*{BUILDING}"):
+        if leftover.is_dir() and (leftover / LOCK).is_file() and _stranger(leftover) is None:
+            with suppress(OSError), locked(leftover):
+                _clear(leftover)
+            _remove_empty(leftover)
+    building = place.with_name(f".{place.name}{BUILDING}")
+    if building.exists() and (stranger := _stranger(building)) is not None:
+        raise ValueError(f"{building}: expected what a preparation left, got also {stranger}")
+    try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(building, wait=wait))
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    f"corpus: expected a name that nobody is preparing, got {place.name!r}: {error}"
+                ) from None
+            held.callback(_clear, building)
+            _clear(building)
+            (building / NEW).mkdir()
+            yield building / NEW
+    finally:
+        for path in (building, *created):
+            _remove_empty(path)
+
+
+def settle(new: Path, place: Path) -> None:
+    """Move what `build` gave to its place; a corpus that stood there goes once that is done."""
+    if place.exists():
+        place.rename(new.with_name(OLD))
+    new.rename(place)
+
+
+def _check_replaceable(place: Path, shown: Path, *, replace: bool) -> None:
+    """Only a folder that holds a corpus of ours, and nothing else, is ever replaced."""
+    remedy = "move it away, or choose another name"
+    if not place.is_dir():
+        raise ValueError(f"corpus: expected a folder, got {shown}, a file; {remedy}")
+    stranger = next((path for path in place.iterdir() if not _is_part(path)), None)
+    with suppress(OSError, ValueError):  # a damaged corpus.json lists nothing
+        listed = read_manifest(place).files
+        shards = (path for path in place.iterdir() if SHARD.fullmatch(path.name))
+        stranger = stranger or next((path for path in shards if path.name not in listed), None)
+    if stranger is not None:
+        raise ValueError(
+            f"corpus: expected a corpus in {shown} and nothing else, got also {stranger.name!r}; "
+            f"{remedy}"
+        )
+    if not holds_corpus(place) and not (shown.name == BUILTIN and _was_corpus(place)):
+        raise ValueError(
+            f"corpus: expected a corpus in {shown}, got a folder without a {ABOUT} of ours; "
+            f"{remedy}"
+        )
+    if not replace:
+        raise ValueError(
+            f"corpus: expected a new name, got {shown.name!r}, which is prepared; --replace "
+            "prepares it again"
+        )
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file in a corpus's folder is one that preparing or opening it writes."""
+    name = re.sub(r"^\.(.+)\.\w+\.tmp$", r"\1", path.name)  # a killed process's write_atomically
+    known = (ABOUT, TOKENIZER, VERIFIED)
+    return path.is_file() and (name in known or SHARD.fullmatch(name) is not None)
+
+
+def _was_corpus(place: Path) -> bool:
+    """Whether a folder is empty, or holds a shard though its corpus.json is damaged."""
+    paths = list(place.iterdir())
+    return not paths or any(SHARD.fullmatch(path.name) and is_shard(path) for path in paths)
+
+
+def _stranger(building: Path) -> Path | None:
+    """Anything in a building folder that `build` does not put there."""
+    with suppress(FileNotFoundError):  # its process may be ending
+        for path in building.iterdir():
+            if path.name in (NEW, OLD) and path.is_dir() and not path.is_symlink():
+                strangers = (part for part in path.iterdir() if not _is_part(part))
+                if (stranger := next(strangers, None)) is not None and stranger.exists():
+                    return stranger
+            elif path.name != LOCK:
+                return path
+    return None
+
+
+def _clear(building: Path) -> None:
+    """Remove what was built, and what was replaced once something else stands in its place."""
+    place = building.with_name(building.name[1 : -len(BUILDING)])
+    old = building / OLD
+    if old.exists() and not place.exists():
+        old.rename(place)
+    for folder in (building / NEW, old):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,41 @@
+"""Prepared corpora by name."""
+
+from pathlib import Path
+
+from smollm.data.corpus import ABOUT, DEFAULT_ROOT, Corpus, prepare_command
+from smollm.data.folders import AUTO, BUILTIN, NAME, check_name
+from smollm.data.prepare import open_builtin
+
+
+def load_corpus(name: str = AUTO, root: Path = DEFAULT_ROOT) -> Corpus:
+    """Open a prepared corpus; the built-in one is prepared when it is not there yet.
+
+    Args:
+        name: a corpus under root, "builtin", or "auto" (default): the one prepared last, except
+            the built-in one, which it falls back to.
+        root: folder of prepared corpora.
+
+    Raises:
+        FileNotFoundError: no such corpus. ValueError: an odd name, or it is corrupt.
+    """
+    if name == AUTO:
+        name = _newest(root) or BUILTIN
+    check_name(name)
+    if name == BUILTIN:
+        return open_builtin(root)
+    if not (root / name / ABOUT).is_file():
+        raise FileNotFoundError(
+            f"corpus: expected one prepared under {root}/, got {name!r}; prepare it with "
+            f"`{prepare_command(root / name)}`, or use --corpus {BUILTIN}"
+        )
+    return Corpus(root / name)
+
+
+def _newest(root: Path) -> str | None:
+    """The name of the corpus prepared last, but the built-in one."""
+    prepared = [
+        (path.stat().st_mtime_ns, path.parent.name)
+        for path in root.glob(f"*/{ABOUT}")
+        if NAME.fullmatch(path.parent.name) and path.parent.name != BUILTIN and path.is_file()
+    ]
+    return max(prepared)[1] if prepared else None

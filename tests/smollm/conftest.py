@@ -1,0 +1,31 @@
+import datasets
+import pytest
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory):
+    """Two parquet files of 600 short documents each."""
+    root = tmp_path_factory.mktemp("parquet")
+    paths = []
+    for part in range(2):
+        texts = [f"document {part}-{i}: " + "some words here " * (i % 7) for i in range(600)]
+        paths.append(root / f"part-{part}.parquet")
+        datasets.Dataset.from_dict({"text": texts, "id": list(range(600))}).to_parquet(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(corpus):
+    return str(corpus.folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def prepare_mine(parquet, tokenizer_file):
+    """Prepare a corpus of the parquet files under a root; keywords as prepare_corpus takes them."""
+    from smollm.data import prepare_corpus
+
+    def prepare(root, name="mine", **keywords):
+        keywords = {"data_files": parquet, "tokenizer": tokenizer_file, **keywords}
+        return prepare_corpus(name, 1, root, **keywords)
+
+    return prepare
