@@ -5,7 +5,10 @@
 
 import sys
 
-from smollm.studies.study import main
-
 if __name__ == "__main__":
+    try:
+        from smollm.studies.study import main
+    except KeyboardInterrupt:  # the imports take seconds
+        print("train.py: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(main())

@@ -11,7 +11,7 @@ from smollm.model.model import SmolLM
 
 
 def save_model(
-    path: Path, model: SmolLM, mechanism: str, config: ModelConfig, **about: Any
+    path: Path, model: SmolLM, mechanism: str, config: ModelConfig, /, **about: Any
 ) -> None:
     """Save weights and everything that rebuilds the model, for `load_model`.
 
@@ -22,11 +22,11 @@ def save_model(
         about: further plain values to keep.
     """
     content = {
+        **about,
         "mechanism": mechanism,
         "model_config": config.flags,
         "vocab_size": model.vocab_size,
         "state_dict": model.state_dict(),
-        **about,
     }
     write_atomically(path, lambda file: torch.save(content, file))
 
@@ -35,14 +35,24 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> SmolLM:
     """The model that `save_model` wrote, in evaluation mode.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a model of this library.
+        FileNotFoundError, PermissionError: no such file, or none that may be read.
+        ValueError: damaged, or not a model of this library.
     """
-    content = torch.load(path, map_location=device, weights_only=True)
     try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
         model = build_model(
             content["mechanism"], ModelConfig.of(**content["model_config"]), content["vocab_size"]
         )
         model.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected a model saved by save_model, got {error!r}") from error
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        raise ValueError(
+            f"{path}: expected a model saved by save_model, got a file or folder that is none "
+            f"({_first_line(error)})"
+        ) from error
     return model.to(device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,22 +1,20 @@
-"""A study's table, plots and report."""
+"""A study's table, winners and report."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
 from smollm.attention import MECHANISMS
 from smollm.files import write_atomically
-from smollm.training.run import Run
+from smollm.studies import folder as places
+from smollm.studies.plots import plot_bars, plot_loss
+from smollm.training.record import Run
 
 Format = Callable[[Any], str]
+Noise = dict[str, tuple[float, int]]  # by device
 
 
 def _mib(value: float) -> str:
@@ -24,7 +22,7 @@ def _mib(value: float) -> str:
 
 
 COLUMNS: list[tuple[str, str, Format]] = [
-    ("Model", "title", str),
+    ("Model", "label", str),
     ("Loss", "val_loss", "{:.4f}".format),
     ("Perplexity", "perplexity", "{:,.2f}".format),
     ("Bits/byte", "bits_per_byte", "{:.4f}".format),
@@ -35,8 +33,33 @@ COLUMNS: list[tuple[str, str, Format]] = [
     ("Cache B/tok", "cache_bytes_per_token", "{:,}".format),
     ("Grad mean", "gradient_norm_mean", "{:.3f}".format),
     ("Grad max", "gradient_norm_max", "{:.3f}".format),
+    ("Clipped", "clipped_steps", "{:,}".format),
 ]
-NOTE = "Loss is validation's, in nats per token; a cache row lasts for a window where there is one."
+NOTE = (
+    "Loss is validation's, in nats per token. Peak memory is what the run adds. Gradient norms, "
+    "before clipping, and clipped steps are those after the warm-up. A cache row lasts for a "
+    "window where there is one."
+)
+
+# No winner is named by less than a part of the runner-up's figure or an amount, whichever is more:
+# repeated runs differ by that. A GPU's allocations repeat exactly, while on a CPU cores are shared
+# and the first run loads libraries, of which some 10 MiB count as its own.
+NOISE: dict[str, Noise] = {
+    "tokens_per_second": {"cuda": (0.03, 0), "cpu": (0.25, 0)},
+    "peak_memory_bytes": {"cuda": (0.01, 0), "cpu": (0.25, 32 * 2**20)},
+}
+ASPECTS = {
+    "loss": ("val_loss", False),  # (field, whether more is better)
+    "throughput": ("tokens_per_second", True),
+    "memory": ("peak_memory_bytes", False),
+}
+
+
+def titles(runs: list[Run]) -> list[str]:
+    """The names of the table's figures."""
+    kinds = {run.cache_dtype for run in runs if run.cache_dtype is not None}
+    kind = f" ({kinds.pop()})" if len(kinds) == 1 else ""
+    return [title + (kind if title == "Cache B/tok" else "") for title, _, _ in COLUMNS]
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
@@ -44,8 +67,7 @@ def rows(runs: list[Run]) -> list[list[str]]:
 
     def cell(run: Run, name: str, form: Format) -> str:
         value = getattr(run, name)
-        text = "-" if value is None else form(value)
-        return f"{text} ({run.status})" if name == "title" and run.status != "finished" else text
+        return "-" if value is None else form(value)
 
     return [[cell(run, name, form) for _, name, form in COLUMNS] for run in runs]
 
@@ -53,39 +75,59 @@ def rows(runs: list[Run]) -> list[list[str]]:
 def table(runs: list[Run]) -> Table:
     """The comparison for a terminal, a column per model so that it fits 80 characters."""
     view = Table(title="Comparison", caption=NOTE)
-    cells = rows(runs)
-    view.add_column(COLUMNS[0][0])
+    names, cells = titles(runs), rows(runs)
+    view.add_column(names[0])
     for row in cells:
         view.add_column(row[0], justify="right")
-    for index, (title, _, _) in enumerate(COLUMNS[1:], start=1):
+    for index, title in enumerate(names[1:], start=1):
         view.add_row(title, *(row[index] for row in cells))
     return view
 
 
-def best(runs: list[Run]) -> dict[str, str]:
-    """The winner by loss, throughput and memory, among runs that finished."""
-    fields = {
-        "loss": ("val_loss", min),
-        "throughput": ("tokens_per_second", max),
-        "memory": ("peak_memory_bytes", min),
-    }
-    winners: dict[str, str] = {}
-    for aspect, (name, choose) in fields.items():
-        measured = {
-            run.mechanism: float(getattr(run, name))
+def best(runs: list[Run]) -> dict[str, str | None]:
+    """The winner of each aspect that a finished run measured, None where noise decides it."""
+    winners: dict[str, str | None] = {}
+    for aspect, (name, more) in ASPECTS.items():
+        measured = [
+            (float(getattr(run, name)), run)
             for run in runs
             if run.status == "finished" and getattr(run, name) is not None
-        }
-        finite = {k: v for k, v in measured.items() if math.isfinite(v)}
-        if finite:
-            winners[aspect] = choose(finite, key=lambda k: finite[k])
+        ]
+        ranked = sorted(
+            (pair for pair in measured if math.isfinite(pair[0])),
+            key=lambda pair: pair[0],
+            reverse=more,
+        )
+        if ranked:
+            winners[aspect] = _clear_winner(ranked, NOISE.get(name, {}))
     return winners
 
 
+def _clear_winner(ranked: list[tuple[float, Run]], noise: Noise) -> str | None:
+    first, run = ranked[0]
+    if len(ranked) > 1:
+        second = ranked[1][0]
+        part, amount = noise.get(run.device, (0.0, 0))
+        if abs(first - second) <= max(part * second, amount):
+            return None
+    return run.mechanism
+
+
 def best_lines(runs: list[Run]) -> list[str]:
-    """One sentence per winner."""
+    """One sentence per aspect."""
     return [
-        f"Best model by {aspect}: {MECHANISMS[name].title}" for aspect, name in best(runs).items()
+        f"Best model by {aspect}: "
+        + (MECHANISMS[name].title if name else "no clear winner, the gap is within noise")
+        for aspect, name in best(runs).items()
+    ]
+
+
+def unfinished_lines(runs: list[Run]) -> list[str]:
+    """One sentence per run that did not finish: how it ended, and why."""
+    return [
+        f"{run.title} {run.status} after {run.steps:,} steps" + (f": {run.error}" * bool(run.error))
+        for run in runs
+        if run.status != "finished"
     ]
 
 
@@ -97,70 +139,33 @@ def write_report(folder: Path, runs: list[Run], about: dict[str, str]) -> None:
         runs: the runs in table order.
         about: facts for the head of the report, by name.
     """
-    _plot_loss(folder / "loss.png", runs)
-    _plot_bars(folder / "speed_and_memory.png", runs)
-    titles = [title for title, _, _ in COLUMNS]
+    plot_loss(folder / places.LOSS_PLOT, runs)
+    plot_bars(folder / places.BARS_PLOT, runs)
+    names = titles(runs)
     lines = ["# Attention ablation", ""]
     lines += [f"- {name}: {value}" for name, value in about.items()]
-    lines += ["", "| " + " | ".join(titles) + " |"]
-    lines += ["|:--" + "|--:" * (len(titles) - 1) + "|"]
+    lines += ["", "| " + " | ".join(names) + " |"]
+    lines += ["|:--" + "|--:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(runs)]
-    lines += ["", NOTE, "", *(f"- {line}" for line in best_lines(runs))]
-    lines += ["", "![Loss against tokens](loss.png)"]
-    lines += ["", "![Throughput and memory](speed_and_memory.png)"]
-    samples = [run for run in runs if run.sample]
-    if samples:
-        lines += ["", "## Samples", "", "Greedy continuations of one held-out prompt."]
-    for run in samples:
-        quoted = (run.sample or "").replace("```", "` ` `")
-        lines += ["", f"{run.title}:", "", "```text", quoted, "```"]
+    lines += ["", NOTE, ""]
+    lines += [f"- {line}" for line in (*unfinished_lines(runs), *best_lines(runs))]
+    lines += ["", f"![Loss against tokens]({places.LOSS_PLOT})"]
+    lines += ["", f"![Throughput and memory]({places.BARS_PLOT})"]
+    sampled = [run for run in runs if run.sample is not None]
+    if sampled:
+        lines += ["", "## Samples", "", SAMPLES]
+    for run in sampled:
+        lines += ["", f"{run.title}:", "", "```text", sample_text(run), "```"]
     text = "\n".join(lines) + "\n"
-    write_atomically(folder / "report.md", lambda file: file.write(text.encode()))
+    write_atomically(folder / places.REPORT, lambda file: file.write(text.encode()))
 
 
-def _plot_loss(path: Path, runs: list[Run]) -> None:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for run in runs:
-        color = MECHANISMS[run.mechanism].color
-        tokens = [record["tokens"] for record in run.history]
-        axes.plot(tokens, [record["loss"] for record in run.history], color=color, alpha=0.35)
-        checked = [record for record in run.history if "val_loss" in record]
-        axes.plot(
-            [record["tokens"] for record in checked],
-            [record["val_loss"] for record in checked],
-            color=color,
-            marker="o",
-            label=run.title,
-        )
-    axes.set_xlabel("training tokens")
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Loss: training (faint), validation (marked)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    _save(figure, path)
+SAMPLES = (
+    "Greedy continuations of one held-out prompt, which ends at `⟫`; `⏎` stands for a blank line."
+)
 
 
-def _plot_bars(path: Path, runs: list[Run]) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    bars = [
-        ("tokens_per_second", 1.0, "training throughput", "tokens per second"),
-        ("peak_memory_bytes", 2**20, "peak memory", "MiB"),
-    ]
-    for axes, (name, unit, title, label) in zip(panels, bars, strict=True):
-        measured = [run for run in runs if getattr(run, name) is not None]
-        drawn = axes.bar(
-            [run.title for run in measured],
-            [getattr(run, name) / unit for run in measured],
-            color=[MECHANISMS[run.mechanism].color for run in measured],
-        )
-        axes.bar_label(drawn, fmt="{:,.0f}")
-        axes.set_title(title)
-        axes.set_ylabel(label)
-        axes.margins(y=0.15)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
-    plt.close(figure)
+def sample_text(run: Run) -> str:
+    """A run's prompt and continuation, with marks where the prompt ends and for blank lines."""
+    text = f"{run.prompt}⟫{run.sample}".replace("```", "` ` `")
+    return "\n".join(line if line.strip() else "⏎" for line in text.split("\n"))

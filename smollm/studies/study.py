@@ -1,16 +1,15 @@
 """A study: train every variant on the same tokens in the same order, then compare them."""
 
 import argparse
-import dataclasses
 import importlib.metadata
+import os
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, get_args
 
 import torch
@@ -20,22 +19,50 @@ from rich.console import Console
 from smollm.data import Corpus, load_corpus
 from smollm.files import write_json
 from smollm.studies import report
-from smollm.training.config import PRESETS, Config, Preset, check_config
-from smollm.training.run import Run, make_progress, train_run
+from smollm.studies.folder import RESULTS, claimed, clear
+from smollm.training.checks import check_config
+from smollm.training.config import PRESETS, Config, Preset
+from smollm.training.display import make_progress
+from smollm.training.interrupts import Interrupts
+from smollm.training.metrics import check_targets
+from smollm.training.record import Run
+from smollm.training.run import train_run
 
-INTERRUPTED = 130
+OK, UNFINISHED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Console(Console):
+    """Falls silent when what reads it ends, as `head` does; a study is more than its output."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run train.py's command line; returns its exit status."""
-    console = Console()
-    config = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        device, corpus = prepare(config)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return run_study(config, corpus, device, console)
+    """Run train.py's command line, by default the process's.
+
+    Returns:
+        The exit status: 0, all runs finished and their results are written; 1, some run failed
+        or diverged, or results could not be written; 2, the flags, the data or the output folder
+        were refused, in a line on stderr, before any work; 130, interrupted.
+    """
+    console = _Console()
+    with Interrupts(ends_process=argv is None) as interrupts, ExitStack() as claim:
+        try:
+            with interrupts.released():
+                config = parse(sys.argv[1:] if argv is None else argv)
+                check_config(config, vocab_size=1)
+                claim.enter_context(claimed(config.output_dir, config.overwrite))
+                device, corpus = prepare(config)
+            clear(config.output_dir)
+        except (ValueError, OSError) as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return REFUSED
+        except KeyboardInterrupt:
+            print("train.py: interrupted, no run had begun", file=sys.stderr)
+            return INTERRUPTED
+        return run_study(config, corpus, device, console, interrupts)
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -55,50 +82,77 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def prepare(config: Config) -> tuple[torch.device, Corpus]:
-    """Check everything that could fail later, and load the data.
+    """Load the data, and check that there is something to learn in it.
 
     Raises:
-        ValueError, OSError: what is wrong with the flags, the corpus or the output folder.
+        ValueError, OSError: what is wrong with the corpus.
     """
-    check_config(config, vocab_size=1)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     train = config.train
     corpus = load_corpus(train.corpus, train.data_dir)
     for split in (corpus.train, corpus.val):
         split.num_windows(train.seq_len)
+    check_targets(corpus, train)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(automatic if train.device == "auto" else train.device), corpus
 
 
-def run_study(config: Config, corpus: Corpus, device: torch.device, console: Console) -> int:
-    """Train the variants, keeping results current after each; returns the exit status."""
-    folder = config.output_dir
+def run_study(
+    config: Config,
+    corpus: Corpus,
+    device: torch.device,
+    console: Console,
+    interrupts: Interrupts | None = None,
+) -> int:
+    """Train the variants, keeping results current after each; returns `main`'s exit status.
+
+    It may run in any thread. Signals end it early, and wait while results are written.
+
+    Args:
+        config: a checked one.
+        corpus, device: `prepare`'s.
+        console: all output goes there.
+        interrupts: entered; the study's own by default.
+    """
+    if interrupts is None:
+        with Interrupts() as own:
+            return run_study(config, corpus, device, console, own)
     about = describe(config, corpus, device)
     for name, value in headline(about).items():
-        console.print(f"{name}: {value}", highlight=False)
+        _say(console, f"{name}: {value}")
     runs: list[Run] = []
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    with make_progress(console) as progress:
+        for mechanism in config.mechanisms:
+            if interrupts.requested:
+                break
+            runs.append(Run(mechanism, device.type))
+            commit = about["git_commit"]
+            train_run(runs[-1], config, corpus, device, progress, interrupts, git_commit=commit)
+            with suppress(OSError):  # the last write tells
+                _write_results(config.output_dir, runs, about)
+            if runs[-1].status == "interrupted":
+                break
+    if not runs:
+        _say(console, "Interrupted. No run had begun, so there are no results.")
+        return INTERRUPTED
+    console.print(report.table(runs))
+    for line in (*report.unfinished_lines(runs), *report.best_lines(runs)):
+        _say(console, line)
+    unwritten = None
     try:
-        progress = make_progress()
-        with progress:
-            for mechanism in config.mechanisms:
-                runs.append(train_run(mechanism, config, corpus, device, progress))
-                write_json(folder / "ablation_results.json", _results(runs, about))
-                if runs[-1].status == "interrupted":
-                    break
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    finished = len(runs) == len(config.mechanisms) and runs[-1].status != "interrupted"
-    if runs:
-        report.write_report(folder, runs, headline(about))
-        console.print(report.table(runs))
-        for line in report.best_lines(runs):
-            console.print(line)
-    where = f"in {folder}/" if runs else "were written: no run had begun"
-    console.print(f"Results {where}" if finished else f"Interrupted. Results so far {where}")
-    return 0 if finished else INTERRUPTED
+        _write_results(config.output_dir, runs, about)
+        report.write_report(config.output_dir, runs, headline(about))
+    except OSError as error:
+        unwritten = error
+    interrupted = interrupts.requested or runs[-1].status == "interrupted"
+    ending = "Interrupted. Results so far" if interrupted else "Results"
+    if unwritten:
+        _say(console, f"{ending} could not all be written to {config.output_dir}/: {unwritten}")
+    else:
+        _say(console, f"{ending} in {config.output_dir}/")
+    if interrupted:
+        return INTERRUPTED
+    finished = all(run.status == "finished" for run in runs)
+    return OK if finished and not unwritten else UNFINISHED
 
 
 def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, Any]:
@@ -117,7 +171,7 @@ def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, 
             "train_tokens": corpus.train.tokens,
             "val_tokens": corpus.val.tokens,
         },
-        "config": dataclasses.asdict(config) | {"model": config.model.flags},
+        "config": config.plain,
     }
 
 
@@ -152,9 +206,14 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def _results(runs: list[Run], about: dict[str, Any]) -> dict[str, Any]:
-    measured = {run.mechanism: dataclasses.asdict(run) for run in runs}
-    return {**about, "runs": measured, "best": report.best(runs)}
+def _say(console: Console, text: str) -> None:
+    """Print plain text, a path or a command of it never broken over lines."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_results(folder: Path, runs: list[Run], about: dict[str, Any]) -> None:
+    measured = {run.mechanism: run.plain for run in runs}
+    write_json(folder / RESULTS, {**about, "runs": measured, "best": report.best(runs)})
 
 
 def _version(package: str) -> str | None:
@@ -162,7 +221,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -3,15 +3,16 @@
 Every field is a flag of train.py; its docstring is the flag's help.
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from smollm.attention import MECHANISMS
-from smollm.model.config import ModelConfig, build_model
+from smollm.files import json_text
+from smollm.model.config import ModelConfig
 
 Preset = Literal["cpu", "ablation", "smollm2-135m"]
 Variants = Annotated[
@@ -42,9 +43,10 @@ class TrainConfig:
     lr: float = 3e-3
     """Peak learning rate."""
     warmup_steps: int = 50
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, at most all."""
     decay_fraction: float = 0.2
-    """Last part of the steps, in which the rate falls linearly to 0."""
+    """Last part of the steps, in which the rate falls linearly to 0; where it overlaps the
+    warm-up, the lower rate holds."""
     beta1: float = 0.9
     """AdamW's first moment."""
     beta2: float = 0.95
@@ -54,7 +56,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     """On projections; never on embeddings, norms, biases and selection pressures."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; inf for no limit."""
     seed: int = 8
     """Seeds initialisation and data order, the same for every variant."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -85,7 +87,9 @@ class Config:
     only_mga: bool = False
     """Short for --variants mga."""
     output_dir: Path = Path("ablation_results")
-    """Folder of the results; an earlier study's files there are overwritten."""
+    """Folder of the results; one that holds an earlier study's is refused."""
+    overwrite: bool = False
+    """Replace an earlier study's files in output_dir; other files there stay."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -93,6 +97,13 @@ class Config:
     def mechanisms(self) -> tuple[str, ...]:
         """The mechanisms to train."""
         return ("mga",) if self.only_mga else self.variants
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """All fields as JSON has them, the model's flat."""
+        fields: dict[str, Any] = asdict(self) | {"model": self.model.flags}
+        plain: dict[str, Any] = json.loads(json_text(fields))
+        return plain
 
 
 PRESETS: dict[Preset, Config] = {
@@ -131,50 +142,3 @@ PRESETS: dict[Preset, Config] = {
         ),
     ),
 }
-
-
-def check_config(config: Config, vocab_size: int) -> None:
-    """Refuse what could only fail later: values out of range, shapes that no model can have.
-
-    Raises:
-        ValueError: naming the field, what was expected and what came.
-    """
-    train = config.train
-    positive = (
-        "seq_len",
-        "batch_size",
-        "grad_accum",
-        "steps",
-        "lr",
-        "eps",
-        "clip",
-        "log_every",
-        "val_every",
-        "val_tokens",
-    )
-    for name in positive:
-        if not getattr(train, name) > 0:
-            raise ValueError(f"{name}: expected > 0, got {getattr(train, name)}")
-    for name in ("warmup_steps", "weight_decay", "generate_tokens", "seed"):
-        if not getattr(train, name) >= 0:
-            raise ValueError(f"{name}: expected >= 0, got {getattr(train, name)}")
-    for name in ("decay_fraction", "beta1", "beta2"):
-        if not 0 <= getattr(train, name) <= 1:
-            raise ValueError(f"{name}: expected between 0 and 1, got {getattr(train, name)}")
-    if train.seq_len < 2:
-        raise ValueError(f"seq_len: expected >= 2 (a token and its target), got {train.seq_len}")
-    if train.seq_len > config.model.max_seq_len:
-        raise ValueError(
-            f"seq_len: expected at most max_seq_len={config.model.max_seq_len}, got {train.seq_len}"
-        )
-    if train.val_tokens < train.seq_len:
-        raise ValueError(f"val_tokens: expected >= seq_len={train.seq_len}, got {train.val_tokens}")
-    if not 0 <= config.model.dropout < 1:
-        raise ValueError(f"dropout: expected in [0, 1), got {config.model.dropout}")
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
-    if not config.mechanisms or len(set(config.mechanisms)) < len(config.mechanisms):
-        raise ValueError(f"variants: expected distinct mechanisms, got {config.mechanisms}")
-    with torch.device("meta"):
-        for mechanism in config.mechanisms:
-            build_model(mechanism, config.model, vocab_size)

@@ -1,11 +1,12 @@
 """What a run measures: held-out loss, speed, memory, and a log of all of it."""
 
+import ctypes
 import gc
-import json
 import math
-import os
-import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from smollm.attention.rope import token_positions
 from smollm.data import Corpus, document_boundaries
+from smollm.files import json_text
 from smollm.model import SmolLM
 from smollm.training.config import TrainConfig
+from smollm.training.record import Record
 
 # Dense bf16 FLOP/s by the vendors' datasheets, for MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}
@@ -27,9 +30,9 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("w")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
+    def write(self, record: Record) -> None:
+        """Append one record; every line has the same keys, and null where nothing was measured."""
+        self._file.write(json_text(asdict(record)) + "\n")
         self._file.flush()
 
     def __enter__(self) -> "MetricsLog":
@@ -40,34 +43,74 @@ class MetricsLog:
 
 
 class PeakMemory:
-    """Peak memory since construction: a GPU's allocated bytes, or the process's resident bytes."""
+    """Peak memory above what was in use at construction.
+
+    It counts a GPU's allocated bytes or the process's resident bytes, the latter on Linux alone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         gc.collect()
         self._device = device
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
+            self._before: int | None = torch.cuda.memory_allocated(device)
         else:
-            _reset_resident_peak()
+            self._before = _reset_resident_peak()
 
-    def bytes(self) -> int:
-        """The peak so far."""
+    def bytes(self) -> int | None:
+        """The peak so far; None where it cannot be measured."""
+        if self._before is None:
+            return None
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        try:
-            status = Path("/proc/self/status").read_text()
-            return 1024 * int(status.split("VmHWM:")[1].split()[0])
-        except (OSError, IndexError):
-            unit = 1 if os.uname().sysname == "Darwin" else 1024
-            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return max(0, torch.cuda.max_memory_allocated(self._device) - self._before)
+        peak = _resident("VmHWM")
+        return None if peak is None else max(0, peak - self._before)
 
 
-def _reset_resident_peak() -> None:
-    """Linux only; elsewhere the peak is that of the whole process."""
+def _reset_resident_peak() -> int | None:
+    """Let the process's peak start from the bytes resident now, which are returned."""
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed is not in use
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+    except (OSError, AttributeError):
+        return None
+    return _resident("VmRSS")
+
+
+def _resident(name: str) -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split(f"{name}:")[1].split()[0])
+    except (OSError, IndexError):
+        return None
+
+
+class Stopwatch:
+    """Seconds of a device's work, validations left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Count from now."""
+        synchronize(self._device)
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the start, pauses left out."""
+        synchronize(self._device)
+        return time.perf_counter() - self._started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        synchronize(self._device)
+        began = time.perf_counter()
+        yield
+        synchronize(self._device)
+        self._started += time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:
@@ -91,6 +134,31 @@ def batch_arguments(ids: Tensor, eos_id: int, document_mask: bool) -> tuple[Tens
     return ids.view(1, -1), document_boundaries(ids, eos_id)
 
 
+def num_targets(ids: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Targets in a batch of `batch_arguments`: all tokens but the first of each sequence."""
+    return ids.numel() - (len(ids) if cu_seqlens is None else len(cu_seqlens) - 1)
+
+
+def check_targets(corpus: Corpus, config: TrainConfig) -> None:
+    """Refuse a corpus whose windows have nothing to predict.
+
+    Raises:
+        ValueError: naming the split.
+    """
+    size = corpus.token_bytes
+    if not any(bool(size[predicted].any()) for _, _, predicted in _held_out(corpus, config)):
+        raise ValueError(_no_targets(corpus, config))
+    batches = (
+        batch_arguments(ids, corpus.eos_id, config.document_mask)
+        for ids in corpus.train.sequential(config.batch_size, config.seq_len)
+    )
+    if not any(num_targets(*batch) for batch in batches):
+        raise ValueError(
+            f"document_mask: expected documents of 2 tokens or more in {corpus.name}'s train "
+            "split, got none"
+        )
+
+
 @torch.no_grad()
 def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, float]:
     """Loss on held-out documents, in nats per token, as perplexity and in bits per byte.
@@ -98,21 +166,26 @@ def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, fl
     Windows of seq_len tokens, at most val_tokens, come from all over the split. Each predicts all
     its tokens but the first; the bytes are those of the predicted tokens, so bits per byte compare
     across tokenizers.
+
+    Raises:
+        ValueError: no token that stands for text is predicted.
     """
     device = model.embed_tokens.weight.device
-    token_bytes = corpus.token_bytes.to(device)
+    token_bytes = corpus.token_bytes
     nats, targets, size = 0.0, 0, 0
     model.eval()
-    most = config.val_tokens // config.seq_len
-    for batch in corpus.val.spread(config.batch_size, config.seq_len, most):
-        ids, cu_seqlens = batch_arguments(batch.to(device), corpus.eos_id, config.document_mask)
-        predicted = ids[token_positions(ids.shape[1], cu_seqlens, device=device).expand_as(ids) > 0]
+    for ids, cu_seqlens, predicted in _held_out(corpus, config):
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(device)
+        ids = ids.to(device)
         with autocast(config, device):
             loss = model(ids, labels=ids, cu_seqlens=cu_seqlens)["loss"]
         nats += float(loss) * len(predicted)
         targets += len(predicted)
         size += int(token_bytes[predicted].sum())
     model.train()
+    if size == 0:
+        raise ValueError(_no_targets(corpus, config))
     loss = nats / targets
     return {
         "val_loss": loss,
@@ -121,15 +194,35 @@ def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, fl
     }
 
 
+def _held_out(
+    corpus: Corpus, config: TrainConfig
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """input_ids, cu_seqlens and the predicted ids [N] of each batch that is validated on."""
+    most = config.val_tokens // config.seq_len
+    for batch in corpus.val.spread(config.batch_size, config.seq_len, most):
+        ids, cu_seqlens = batch_arguments(batch, corpus.eos_id, config.document_mask)
+        yield ids, cu_seqlens, ids[token_positions(ids.shape[1], cu_seqlens).expand_as(ids) > 0]
+
+
+def _no_targets(corpus: Corpus, config: TrainConfig) -> str:
+    return (
+        f"val_tokens: expected tokens of text to predict among {config.val_tokens} held-out ones "
+        f"of {corpus.name}, got none"
+    )
+
+
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """The forward pass's type: weights stay fp32, matrix products run in it."""
-    on_gpu = device.type == "cuda"
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config, device))
+
+
+def in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the forward pass, and so the cache, is in bfloat16 and not in float32."""
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
 
 
 def generation(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, Any]:
-    """Greedy tokens per second for one sequence, bytes that its cache takes, and the text.
+    """Greedy tokens per second for one sequence, bytes that its cache takes, and texts.
 
     The prompt is the start of the held-out documents; an unmeasured run warms up.
     """
@@ -147,9 +240,11 @@ def generation(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, 
         ids = model.generate(prompt, new)
         synchronize(device)
         seconds = time.perf_counter() - start
-    text = corpus.tokenizer.decode(ids[0].tolist())
+    read = corpus.tokenizer.decode
     return {
         "generation_tokens_per_second": new / seconds if new else None,
         "cache_bytes_per_token": cache.bytes_per_token,
-        "sample": text,
+        "cache_dtype": "bf16" if in_bfloat16(config, device) else "fp32",
+        "prompt": read(ids[0, : prompt.shape[1]].tolist()),
+        "sample": read(ids[0, prompt.shape[1] :].tolist()),
     }

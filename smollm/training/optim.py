@@ -1,0 +1,71 @@
+"""A step of optimisation: its rate, its gradients, its optimizer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smollm.model import SmolLM
+from smollm.training.config import TrainConfig
+from smollm.training.metrics import autocast, batch_arguments, num_targets
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Warm-up, stable, decay: linear up to lr, flat, then linear towards 0 at the last step.
+
+    Where warm-up and decay overlap, the lower of the two holds.
+    """
+    decay_steps = round(config.decay_fraction * config.steps)
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    decay = min(1.0, (config.steps - step) / max(1, decay_steps))
+    return config.lr * min(warmup, decay)
+
+
+def make_optimizer(model: SmolLM, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on projections alone, not on embeddings, norms, biases, pressures."""
+    embedding = model.embed_tokens.weight
+    parameters = list(model.parameters())
+    decayed = [p for p in parameters if p.ndim >= 2 and p is not embedding]
+    others = [p for p in parameters if p.ndim < 2 or p is embedding]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+def accumulate_gradients(
+    network: Callable[..., dict[str, Any]],
+    batches: Sequence[Tensor],
+    config: TrainConfig,
+    eos_id: int,
+    device: torch.device,
+) -> Tensor:
+    """Add the gradients of a step's loss: the nats of all its targets over their number.
+
+    Args:
+        network: the model, or what torch.compile made of it.
+        batches: the step's micro-batches, each int64 [batch_size, seq_len] on the CPU.
+        config: of the run.
+        eos_id: the token that ends a document.
+        device: the network's.
+
+    Returns:
+        The loss, fp32 in nats per target, on device; the same however batches divide the step.
+    """
+    inputs = [batch_arguments(ids, eos_id, config.document_mask) for ids in batches]
+    targets = [num_targets(ids, cu_seqlens) for ids, cu_seqlens in inputs]
+    loss = torch.zeros((), device=device)
+    for (ids, cu_seqlens), here in zip(inputs, targets, strict=True):
+        ids = ids.to(device, non_blocking=True)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        with autocast(config, device):
+            mean = network(ids, labels=ids, cu_seqlens=cu_seqlens)["loss"]
+        part = mean * (here / max(1, sum(targets)))
+        part.backward()
+        loss += part.detach()
+    return loss
