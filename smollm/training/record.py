@@ -18,6 +18,7 @@ class Record:
     loss: float  # of the step's batch, nats per token
     lr: float
     gradient_norm: float  # before clipping
+    tokens_per_second: float | None = None  # since the record before
     val_loss: float | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None

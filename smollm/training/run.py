@@ -103,6 +103,7 @@ def _optimise(
     watch = metrics.Stopwatch(device)
     step_tokens = config.batch_size * config.seq_len * config.grad_accum
     untimed = min(UNTIMED_STEPS, config.steps - 1)
+    timed = 0, 0.0  # steps and seconds up to the record before
     norms: list[float] = []  # after the warm-up
     model.train()
     for step in range(config.steps):
@@ -146,7 +147,10 @@ def _optimise(
             run.gradient_norm_mean, run.gradient_norm_max = sum(norms) / len(norms), max(norms)
             run.clipped_steps = sum(norm > config.clip for norm in norms)
         if step >= untimed:
-            run.tokens_per_second = (run.steps - untimed) * step_tokens / watch.seconds()
+            steps, seconds = run.steps - untimed, watch.seconds()
+            run.tokens_per_second = steps * step_tokens / seconds
+            record.tokens_per_second = (steps - timed[0]) * step_tokens / (seconds - timed[1])
+            timed = steps, seconds
             peak = metrics.peak_flops(device)
             if peak is not None and run.flops_per_token is not None:
                 run.mfu = run.tokens_per_second * run.flops_per_token / peak

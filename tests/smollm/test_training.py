@@ -1,0 +1,249 @@
+"""One run: its gradients, its schedule, what it measures, what it refuses."""
+
+import dataclasses
+import math
+import os
+import re
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from study_cases import SMALL
+
+from smollm.data.shards import TokenWindows
+from smollm.model.config import ModelConfig, build_model
+from smollm.training import metrics
+from smollm.training.checks import RANGES, check_config
+from smollm.training.config import PRESETS, Config, TrainConfig
+from smollm.training.interrupts import Interrupts
+from smollm.training.optim import accumulate_gradients, learning_rate, make_optimizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("divided", [1, 3])
+def test_a_step_is_the_same_however_micro_batches_divide_it(divided, document_mask, corpus):
+    """Documents end at other places in each micro-batch, so their numbers of targets differ."""
+    model = build_model("gqa", SMALL, corpus.vocab_size)
+    config = TrainConfig(document_mask=document_mask)
+    step = corpus.train.batch(3, 6, 64, seed=0)
+    step[0, ::2] = step[5, ::3] = step[1:4, ::10] = corpus.eos_id
+    found = []
+    for batches in ([step], step.split(divided)):
+        model.zero_grad()
+        loss = accumulate_gradients(model, batches, config, corpus.eos_id, CPU)
+        found.append([loss, *(p.grad.clone() for p in model.parameters())])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_of_a_step_is_nats_over_targets(corpus):
+    model = build_model("gqa", SMALL, corpus.vocab_size)
+    batches = corpus.train.batch(0, 2, 32, seed=0).split(1)
+    batches[0][0, ::2] = corpus.eos_id  # documents of 2 tokens: half the tokens are targets
+    config = TrainConfig(document_mask=True)
+    loss = accumulate_gradients(model, batches, config, corpus.eos_id, CPU)
+    nats, targets = 0.0, 0
+    for ids in batches:
+        starts = [0, *(i + 1 for i in range(31) if ids[0, i] == corpus.eos_id), 32]
+        for start, end in zip(starts, starts[1:], strict=False):
+            document = ids[:, start:end]
+            nats += model(document, labels=document)["loss"].item() * (end - start - 1)
+            targets += end - start - 1
+    assert float(loss) == pytest.approx(nats / targets, rel=1e-5)
+
+
+def test_the_schedule_warms_up_holds_and_decays():
+    config = TrainConfig(steps=100, warmup_steps=10, decay_fraction=0.2, lr=2.0)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9:80] == [2.0] * 71
+    assert rates[90] == pytest.approx(1.0) and rates[99] == pytest.approx(0.1)
+    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == 2.0
+    overlapping = dataclasses.replace(config, warmup_steps=100, decay_fraction=1)
+    assert max(learning_rate(step, overlapping) for step in range(100)) == pytest.approx(1.0, 0.02)
+
+
+def test_what_decays():
+    model = build_model("mga", SMALL, 50)
+    decayed, others = (
+        group["params"] for group in make_optimizer(model, TrainConfig()).param_groups
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(decayed) + len(others) == len(names)
+    assert all(re.search(r"\.(w_\w|out_proj|\w+_proj)\.weight$", names[id(p)]) for p in decayed)
+    assert any("log_selection_pressure" in names[id(p)] for p in others)
+    assert any("embed_tokens" in names[id(p)] for p in others)
+
+
+def test_evaluation_counts_every_target_once(corpus):
+    train = TrainConfig(seq_len=32, batch_size=3, val_tokens=320, device="cpu")
+    model = build_model("gqa", SMALL, corpus.vocab_size)
+    measured = metrics.evaluate(model, corpus, train)
+    ids = torch.cat(list(corpus.val.sequential(1, 32)))[:10]
+    with torch.no_grad():
+        logits = model(ids)["logits"]
+    nats = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+    )
+    size = int(corpus.token_bytes[ids[:, 1:]].sum())
+    assert math.isclose(measured["val_loss"], float(nats) / 310, rel_tol=1e-5)
+    assert math.isclose(measured["bits_per_byte"], float(nats) / math.log(2) / size, rel_tol=1e-5)
+
+
+def corpus_of(train, val):
+    """A corpus of 3 tokens; 0 ends a document and stands for no text."""
+    windows = (TokenWindows([np.array(ids, dtype=np.uint16)]) for ids in (train, val))
+    train, val = windows
+    return SimpleNamespace(
+        name="made", train=train, val=val, eos_id=0, token_bytes=torch.tensor([0, 1, 1])
+    )
+
+
+@pytest.mark.parametrize(("train", "val", "mask", "text"), [
+    ([1, 2] * 16, [0] * 32, True, "val_tokens: expected tokens of text to predict among 32"),
+    ([1, 2] * 16, [0] * 32, False, "val_tokens: expected tokens of text to predict among 32"),
+    ([0] * 32, [1, 2] * 16, True, "document_mask: expected documents of 2 tokens or more"),
+], ids=["one-token-documents", "no-text", "train"])  # fmt: skip
+def test_nothing_to_predict_is_refused(train, val, mask, text):
+    config = TrainConfig(seq_len=8, batch_size=2, val_tokens=32, document_mask=mask)
+    with pytest.raises(ValueError, match=text):
+        metrics.check_targets(corpus_of(train, val), config)
+    metrics.check_targets(corpus_of([1, 2, 0, 0] * 8, [0, 1, 1, 1] * 8), config)
+
+
+def test_evaluation_without_targets_is_refused_in_words():
+    config = TrainConfig(seq_len=8, batch_size=2, val_tokens=32, document_mask=True)
+    with pytest.raises(ValueError, match="expected tokens of text to predict"):
+        metrics.evaluate(build_model("mha", SMALL, 3), corpus_of([1] * 8, [0] * 32), config)
+
+
+def test_memory_is_what_was_added():
+    """Whatever is there before, and whatever an earlier run left."""
+    keep = torch.ones(2**25)
+    for _ in range(2):
+        memory = metrics.PeakMemory(CPU)
+        torch.ones(2**24).sum()
+        assert 60 * 2**20 < memory.bytes() < 80 * 2**20
+    assert keep[0] == 1
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Ctrl-C as a terminal gives it, also where this process was started to ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda number=signal.SIGINT: os.kill(os.getpid(), number)
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_unless_released(number, ctrl_c):
+    before = signal.getsignal(number)
+    after = []
+    with Interrupts() as interrupts:
+        ctrl_c(number)
+        ctrl_c(number)
+        with pytest.raises(KeyboardInterrupt), interrupts.released():
+            after.append("entered")
+        assert interrupts.requested and not after
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt), interrupts.released():
+            with interrupts.held():
+                ctrl_c(number)
+                after.append("held")
+            after.append("released")
+        ctrl_c(number)  # while what follows the first is written
+        assert after == ["held"]
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.released():
+        try:
+            ctrl_c(number)
+        finally:
+            ctrl_c(number)  # disturbs no cleaning up
+            after.append("cleaned up")
+    assert after == ["held", "cleaned up"] and signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored(ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interrupts() as interrupts, interrupts.released():
+        ctrl_c()
+        assert not interrupts.requested
+
+
+NUMBERS = {
+    name: value
+    for fields in (vars(TrainConfig()), ModelConfig().flags)
+    for name, value in fields.items()
+    if isinstance(value, int | float | None) and not isinstance(value, bool)
+}
+
+
+def changed(**fields):
+    """The cpu preset with some fields of the training or the model changed."""
+    config = PRESETS["cpu"]
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    train = {name: value for name, value in fields.items() if name in known}
+    model = {name: value for name, value in fields.items() if name not in known}
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, **train),
+        model=ModelConfig.of(**(config.model.flags | model)),
+    )
+
+
+def test_every_number_has_a_range():
+    assert set(RANGES) == set(NUMBERS)
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_every_number_is_accepted_or_refused_in_words(name):
+    values = [math.nan, math.inf, -math.inf, 0, -1, -1e-9, 10**30, 2**31, 2**64, 1e308, 1e-320, 1]
+    if isinstance(NUMBERS[name], int | None):
+        values = [value for value in values if isinstance(value, int)]
+    for value in values:
+        config = changed(**{name: value})
+        try:
+            check_config(config, 1)
+        except ValueError as refusal:
+            assert re.match(r"[\w ]+: expected .*, got ", str(refusal)), value
+            if not RANGES[name].holds(value):
+                assert str(refusal).startswith(f"{name}: "), value
+        else:
+            assert RANGES[name].holds(value), value
+
+
+REFUSED_VALUES = [
+    ("beta1", 1.0), ("beta2", 1.0), ("embed_dim", 0), ("num_heads", 0), ("num_heads", -1),
+    ("seed", 2**64), ("seed", -1), ("window_size", 2**31), ("genetic_window_size", 2**31),
+    ("rope_theta", 0.0), ("rope_theta", -1.0), ("rope_theta", math.nan), ("rope_theta", math.inf),
+    ("lr", math.inf), ("lr", math.nan), ("eps", 0.0), ("eps", math.inf), ("weight_decay", math.nan),
+    ("weight_decay", math.inf), ("clip", math.nan), ("dropout", math.nan), ("dropout", 1.0),
+    ("selection_pressure", math.nan), ("selection_pressure", math.inf), ("warmup_steps", 161),
+    ("selection_pressure", 0.0), ("steps", 10**30), ("num_layers", 0), ("ffn_hidden_dim", 0),
+    ("max_seq_len", 0), ("batch_size", 10**8), ("num_kv_heads", 0), ("num_value_heads", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED_VALUES)
+def test_values_without_meaning_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got {re.escape(str(value))}"):
+        check_config(changed(**{name: value}), 1)
+
+
+def test_what_is_unusual_but_has_meaning_is_accepted():
+    for fields in ({"clip": math.inf}, {"decay_fraction": 1.0}, {"warmup_steps": 160},
+                   {"beta1": 0.0}, {"seed": 2**63 - 1}, {"window_size": 10**9},
+                   {"num_layers": 10**6}):  # fmt: skip
+        check_config(changed(**fields), 1)
+
+
+def test_only_mga_contradicts_other_variants():
+    only = dataclasses.replace(PRESETS["cpu"], only_mga=True)
+    check_config(only, 1)
+    check_config(dataclasses.replace(only, variants=("mga",)), 1)
+    for variants in (("mha",), ("mha", "mga")):
+        with pytest.raises(ValueError, match="only_mga: expected no other variants beside it, got"):
+            check_config(dataclasses.replace(only, variants=variants), 1)
+    assert Config(only_mga=True).mechanisms == ("mga",)
