@@ -212,6 +212,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _write_results(folder: Path, runs: list[Run], about: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
     measured = {run.mechanism: run.plain for run in runs}
     write_json(folder / RESULTS, {**about, "runs": measured, "best": report.best(runs)})
 

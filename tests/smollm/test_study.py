@@ -10,35 +10,21 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from study_cases import ROOT, TINY, run, tiny, train_py
 
 from smollm.attention import MECHANISMS
-from smollm.model.checkpoint import load_model, save_model
+from smollm.model.checkpoint import load_model
 from smollm.model.config import ModelConfig, build_model
 from smollm.studies import report, study
-from smollm.training import metrics
-from smollm.training.config import PRESETS, TrainConfig, check_config
-from smollm.training.run import learning_rate, make_optimizer
-
-ROOT = Path(__file__).parents[2]
-SMALL = ModelConfig(embed_dim=36, num_layers=1, ffn_hidden_dim=48)
-TINY = [
-    "--preset=cpu", "--embed-dim=36", "--num-layers=1", "--ffn-hidden-dim=48", "--seq-len=32",
-    "--batch-size=2", "--steps=6", "--warmup-steps=2", "--log-every=2", "--val-every=3",
-    "--val-tokens=128", "--generate-tokens=4", "--latent-dim=16",
-]  # fmt: skip
-
-
-def run(flags, data_dir, output_dir, capture=None):
-    console = Console(file=capture, width=80) if capture else Console(quiet=True)
-    config = study.parse([*TINY, f"--data-dir={data_dir}", f"--output-dir={output_dir}", *flags])
-    device, corpus = study.prepare(config)
-    return study.run_study(config, corpus, device, console)
+from smollm.training import run as training
+from smollm.training.checks import check_config
+from smollm.training.config import PRESETS, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +50,13 @@ def test_the_results_are_all_there(results):
         assert run_["status"] == "finished" and run_["steps"] == 6 and run_["tokens"] == 6 * 64
         assert math.isclose(run_["perplexity"], math.exp(run_["val_loss"]))
         for name, value in run_.items():
-            assert value is not None or name == "mfu", name
+            assert value is not None or name in ("mfu", "error", "traceback"), name
         lines = (results / mechanism / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        assert [r["step"] for r in records[:-1]] == [1, 2, 3, 4, 6]
-        assert [r["step"] for r in records[:-1] if "val_loss" in r] == [3, 6]
+        assert records == run_["history"]
+        assert [r["step"] for r in records] == [1, 2, 3, 4, 6]
+        assert [r["step"] for r in records if r["val_loss"] is not None] == [3, 6]
+        assert len({tuple(r) for r in records}) == 1
         assert records[-1]["val_loss"] == run_["val_loss"]
 
 
@@ -76,9 +64,10 @@ def test_the_console_ends_with_table_and_winners(results):
     text = (results / "console.txt").read_text()
     for title, _, _ in report.COLUMNS:
         assert title in text
-    assert re.search(r"Best model by loss: \w{3}\nBest model by throughput: \w{3}\n", text)
-    assert text.strip().endswith("ablation_results/") or "Results in" in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"Best model by loss: \w{3}\nBest model by throughput: ", text)
+    assert text.endswith(f"Results in {results}/\n")
+    command = "`python -m smollm.data --corpus fineweb-edu-dedup --shards 2`"
+    assert any(command in line for line in text.splitlines())
 
 
 def test_the_report_holds_table_and_plots(results):
@@ -90,10 +79,13 @@ def test_the_report_holds_table_and_plots(results):
 
 
 def test_saved_models_load(results):
+    about = json.loads((results / "ablation_results.json").read_text())
     for mechanism in MECHANISMS:
         path = results / f"{mechanism}_model.pt"
         content = torch.load(path, weights_only=True)
         assert content["mechanism"] == mechanism and content["steps"] == 6
+        assert content["seed"] == 8 and content["config"]["train"]["beta2"] == 0.95
+        assert content["git_commit"] == about["git_commit"]
         model = load_model(path)
         assert not model.training
         for name, value in model.state_dict().items():
@@ -110,7 +102,7 @@ def test_a_study_repeats_itself(results, data_dir, tmp_path):
 
 def test_accumulated_steps_equal_one_large_batch(data_dir, tmp_path):
     """Two micro-batches of two are the batch of four that they split."""
-    flags = ["--variants", "gqa", "--steps=2", "--clip=1e9"]
+    flags = ["--variants", "gqa", "--steps=2", "--clip=inf", "--document-mask"]
     run([*flags, "--batch-size=4"], data_dir, tmp_path / "whole")
     run([*flags, "--batch-size=2", "--grad-accum=2"], data_dir, tmp_path / "split")
     whole, split = (
@@ -142,57 +134,19 @@ def test_training_lowers_the_loss(data_dir, tmp_path):
         assert history[-1]["val_loss"] < math.log(4096) - 0.5
 
 
-def test_a_run_that_diverges_says_so(data_dir, tmp_path):
-    assert run(["--variants", "mha", "gqa", "--lr=1e30", "--clip=1e30"], data_dir, tmp_path) == 0
-    content = json.loads((tmp_path / "ablation_results.json").read_text())
-    assert {r["status"] for r in content["runs"].values()} == {"diverged"}
-    assert content["best"] == {}
-    assert "MHA (diverged)" in (tmp_path / "report.md").read_text()
-
-
-def test_evaluation_counts_every_target_once(corpus):
-    train = TrainConfig(seq_len=32, batch_size=3, val_tokens=320, device="cpu")
-    model = build_model("gqa", SMALL, corpus.vocab_size)
-    measured = metrics.evaluate(model, corpus, train)
-    ids = torch.cat(list(corpus.val.spread(1, 32, 10)))
-    with torch.no_grad():
-        logits = model(ids)["logits"]
-    nats = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-    )
-    size = int(corpus.token_bytes[ids[:, 1:]].sum())
-    assert math.isclose(measured["val_loss"], float(nats) / 310, rel_tol=1e-5)
-    assert math.isclose(measured["bits_per_byte"], float(nats) / math.log(2) / size, rel_tol=1e-5)
-
-
-def test_the_schedule_warms_up_holds_and_decays():
-    config = TrainConfig(steps=100, warmup_steps=10, decay_fraction=0.2, lr=2.0)
-    rates = [learning_rate(step, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9:80] == [2.0] * 71
-    assert rates[90] == pytest.approx(1.0) and rates[99] == pytest.approx(0.1)
-    assert learning_rate(0, dataclasses.replace(config, warmup_steps=0)) == 2.0
-
-
-def test_what_decays():
-    model = build_model("mga", SMALL, 50)
-    decayed, others = (
-        group["params"] for group in make_optimizer(model, TrainConfig()).param_groups
-    )
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert len(decayed) + len(others) == len(names)
-    assert all(re.search(r"\.(w_\w|out_proj|\w+_proj)\.weight$", names[id(p)]) for p in decayed)
-    assert any("log_selection_pressure" in names[id(p)] for p in others)
-    assert any("embed_tokens" in names[id(p)] for p in others)
-
-
 REFUSALS = [
     (["--num-heads=7"], "num_heads: expected a divisor of embed_dim=36, got 7"),
     (["--num-kv-heads=2"], "num_kv_heads: expected a divisor of num_heads=9, got 2"),
-    (["--window-size=0"], "window_size: expected >= 1"),
+    (["--window-size=0"], "window_size: expected in [1, 1e+09], got 0"),
     (["--seq-len=4096"], "seq_len: expected at most max_seq_len=2048, got 4096"),
-    (["--seq-len=1"], "seq_len: expected >= 2"),
-    (["--steps=0"], "steps: expected > 0, got 0"),
-    (["--decay-fraction=1.5"], "decay_fraction: expected between 0 and 1, got 1.5"),
+    (["--seq-len=1"], "seq_len: expected in [2, 1e+09], got 1"),
+    (["--steps=0"], "steps: expected in [1, 1e+09], got 0"),
+    (["--decay-fraction=1.5"], "decay_fraction: expected in [0, 1], got 1.5"),
+    (["--num-heads=0"], "num_heads: expected in [1, 1e+06], got 0"),
+    (["--lr=nan"], "lr: expected in (0, inf), got nan"),
+    (["--seed=18446744073709551616"], "seed: expected in [0, 9.22337e+18], got 184467440737"),
+    (["--warmup-steps=7"], "warmup_steps: expected at most steps=6, got 7"),
+    (["--only-mga", "--variants", "mha"], "only_mga: expected no other variants beside it, got"),
     (["--qk-norm=rms"], "qk_norm: expected 'none' with mga"),
     (["--variants", "mha", "mha"], "variants: expected distinct mechanisms"),
     (["--val-tokens=16"], "val_tokens: expected >= seq_len=32, got 16"),
@@ -207,7 +161,62 @@ def test_bad_flags_cost_no_training(flags, text, data_dir, tmp_path, capsys):
     arguments = [*TINY, f"--data-dir={data_dir}", f"--output-dir={output}", *flags]
     assert study.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"train.py: {text}")
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("results", ".lock")]
+
+
+def test_a_study_keeps_out_of_an_older_ones_folder(data_dir, tmp_path, capsys):
+    assert study.main(tiny(["--variants", "mha"], data_dir, tmp_path)) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    (tmp_path / "mha" / "notes.txt").write_text("mine")
+    (tmp_path / "my_model.pt").write_text("mine")
+    capsys.readouterr()
+    again = tiny(["--variants", "gqa"], data_dir, tmp_path)
+    assert study.main(again) == 2
+    words = capsys.readouterr().err
+    assert words.startswith("train.py: output_dir: expected a folder without another study's files")
+    assert "mha_model.pt" in words and "--overwrite" in words and "--output-dir" in words
+    assert all(path.stat().st_mtime_ns == t for path, t in before.items() if path.is_file())
+    assert study.main([*again, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "ablation_results.json").read_text())["runs"].keys() == {"gqa"}
+    assert not (tmp_path / "mha_model.pt").exists() and (tmp_path / "gqa_model.pt").exists()
+    assert [path.name for path in (tmp_path / "mha").iterdir()] == ["notes.txt"]
+    assert (tmp_path / "my_model.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["ablation_results.json", "mla_model.pt", "mga/metrics.jsonl"])
+def test_any_file_of_another_study_counts(left, data_dir, tmp_path, capsys):
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("older")
+    assert study.main(tiny(["--variants", "mha"], data_dir, tmp_path)) == 2
+    assert f"with {left};" in capsys.readouterr().err
+    assert (tmp_path / left).read_text() == "older"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "load_corpus", None)  # nothing is loaded before
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "gqa").write_text("mine")
+    (tmp_path / "folder" / "gqa_model.pt").mkdir(parents=True)
+    allowed = os.access
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and allowed(path, mode))
+    for output in ("file", "file/below", "taken", "folder", "closed"):
+        assert study.main(tiny(["--overwrite"], data_dir, tmp_path / output)) == 2
+        words = capsys.readouterr().err
+        assert words.startswith("train.py: output_dir: expected a folder that can be written, got ")
+        assert words.count("\n") == 1
+    assert (tmp_path / "taken" / "gqa").read_text() == "mine"
+
+
+def test_a_second_study_in_one_folder_is_refused(data_dir, tmp_path, capsys):
+    with train_py(tiny(["--steps=5000", "--val-every=5000"], data_dir, tmp_path)) as first:
+        wait_for(lambda: (tmp_path / "mha" / "metrics.jsonl").exists(), first)
+        assert study.main(tiny(["--overwrite"], data_dir, tmp_path)) == 2
+        words = capsys.readouterr().err
+        assert words.startswith(f"train.py: {tmp_path}: ") and f"process {first.pid} " in words
+        assert (tmp_path / "mha" / "metrics.jsonl").exists()
 
 
 def test_unknown_choices_are_refused_with_the_known_ones(capsys):
@@ -235,33 +244,194 @@ def test_presets_are_what_the_readme_says():
         assert build_model("gqa", full.model, 49152).count_parameters() == 134_515_008
 
 
+def wait_for(ready, process):
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("when", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_an_interrupt_keeps_the_results_so_far(when, data_dir, tmp_path):
-    command = [sys.executable, "train.py", *TINY, "--steps=100000", "--val-every=100000"]
-    command += [f"--data-dir={data_dir}", f"--output-dir={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    """However often it comes, until the process has ended."""
     log = tmp_path / "mha" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.1)
-    os.kill(process.pid, when)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Interrupted. Results so far in" in output
+    with train_py(tiny(["--steps=5000", "--val-every=5000"], data_dir, tmp_path)) as process:
+        wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            process.send_signal(when)
+            time.sleep(0.02)
+        output, errors = process.communicate(timeout=10)
+    assert process.returncode == 130 and errors == ""
+    assert f"Interrupted. Results so far in {tmp_path}/" in output
     content = json.loads((tmp_path / "ablation_results.json").read_text())
     assert content["runs"]["mha"]["status"] == "interrupted"
     assert content["runs"]["mha"]["train_loss"] > 0 and content["runs"]["mha"]["val_loss"] is None
     load_model(tmp_path / "mha_model.pt")
+    assert "MHA (interrupted)" in (tmp_path / "report.md").read_text()
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path):
-    path = tmp_path / "x.pt"
-    torch.save({"weights": 1}, path)
-    with pytest.raises(ValueError, match="expected a model saved by save_model"):
-        load_model(path)
-    save_model(path, build_model("mha", SMALL, 50), "mha", SMALL, note="kept")
-    assert torch.load(path, weights_only=True)["note"] == "kept"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a terminal gives it, also where this process was started to ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, previous)
+
+
+def before(call, first):
+    """The call, with something else called before it."""
+
+    def both(*args, **kwargs):
+        first()
+        return call(*args, **kwargs)
+
+    return both
+
+
+def test_an_interrupt_before_any_run_is_a_line(data_dir, tmp_path, capsys, monkeypatch, ctrl_c):
+    monkeypatch.setattr(study, "load_corpus", ctrl_c)
+    assert study.main(tiny([], data_dir, tmp_path)) == 130
+    assert capsys.readouterr().err == "train.py: interrupted, no run had begun\n"
+
+
+def test_an_interrupt_while_a_model_is_built(data_dir, tmp_path, monkeypatch, ctrl_c):
+    monkeypatch.setattr(training, "build_model", ctrl_c)
+    assert run(["--variants", "gqa", "mga"], data_dir, tmp_path) == 130
+    runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
+    assert list(runs) == ["gqa"] and runs["gqa"]["status"] == "interrupted"
+    assert "GQA (interrupted)" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("where", ["save_model", "write_json", "plot_loss"])
+def test_signals_wait_while_results_are_written(where, data_dir, tmp_path, monkeypatch, ctrl_c):
+    home = {"save_model": training, "write_json": study, "plot_loss": report}[where]
+    monkeypatch.setattr(home, where, before(getattr(home, where), ctrl_c))
+    assert run(["--variants", "gqa", "mga", "--steps=2"], data_dir, tmp_path) == 130
+    runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
+    expected = ["gqa", "mga"] if where == "plot_loss" else ["gqa"]
+    assert list(runs) == expected and {r["status"] for r in runs.values()} == {"finished"}
+    load_model(tmp_path / "gqa_model.pt")
+    assert (tmp_path / "report.md").exists()
+
+
+def test_a_study_runs_in_a_thread_and_as_quietly_as_its_console(data_dir, tmp_path, capfd):
+    done = []
+    flags = ["--variants", "gqa", "--steps=2"]
+    thread = threading.Thread(target=lambda: done.append(run(flags, data_dir, tmp_path)))
+    thread.start()
+    thread.join()
+    assert done == [0]
+    assert capfd.readouterr() == ("", "")
+
+
+def fail_for(mechanism, call, error):
+    """The call, but for one mechanism an error."""
+
+    def some(name, *args, **kwargs):
+        if name == mechanism:
+            raise error
+        return call(name, *args, **kwargs)
+
+    return some
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), OSError(28, "No space left"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"), KeyError("x"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_a_failed_variant_is_a_row(error, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "build_model", fail_for("mha", training.build_model, error))
+    with (tmp_path / "console.txt").open("w") as capture:
+        assert run(["--variants", "mha", "gqa", "--steps=2"], data_dir, tmp_path, capture) == 1
+    runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
+    assert runs["gqa"]["status"] == "finished" and runs["mha"]["status"] == "failed"
+    name = type(error).__name__
+    assert name in runs["mha"]["error"] and "build_model" in runs["mha"]["traceback"]
+    for file in ("console.txt", "report.md"):
+        text = (tmp_path / file).read_text()
+        assert f"MHA failed after 0 steps: {runs['mha']['error']}\n" in text
+        assert "Traceback" not in text
+
+
+def test_weights_that_cannot_be_saved_fail_their_run(data_dir, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "save_model", full)
+    assert run(["--variants", "gqa", "--steps=2"], data_dir, tmp_path) == 1
+    result = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]["gqa"]
+    assert result["status"] == "failed" and result["val_loss"] > 0
+    assert "No space left on device" in result["error"]
+
+
+def test_results_that_cannot_be_written_are_still_shown(data_dir, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(study, "write_json", full)
+    with (tmp_path / "console.txt").open("w") as capture:
+        assert run(["--variants", "gqa", "--steps=2"], data_dir, tmp_path, capture) == 1
+    text = (tmp_path / "console.txt").read_text()
+    assert "Comparison" in text and "Grad max" in text
+    assert text.endswith(
+        f"Results could not all be written to {tmp_path}/: [Errno 28] No space left on device\n"
+    )
+
+
+def test_a_study_outlives_what_reads_its_output(data_dir, tmp_path):
+    with train_py(tiny(["--variants", "gqa", "--steps=2"], data_dir, tmp_path)) as process:
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    assert json.loads((tmp_path / "ablation_results.json").read_text())["best"]["loss"] == "gqa"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_taken(what, number, data_dir, tmp_path, monkeypatch):
+    honest, calls = training.accumulate_gradients, []
+
+    def poisoned(network, *args):
+        loss = honest(network, *args)
+        calls.append(None)
+        if len(calls) == 4 and what == "gradient":
+            network.norm.weight.grad[3] = number
+        return loss * number if len(calls) == 4 and what == "loss" else loss
+
+    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
+    with (tmp_path / "console.txt").open("w") as capture:
+        assert run(["--variants", "mha", "gqa"], data_dir, tmp_path, capture) == 1
+    text = (tmp_path / "ablation_results.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    runs = json.loads(text)["runs"]
+    assert runs["mha"]["status"] == "diverged" and runs["gqa"]["status"] == "finished"
+    assert runs["mha"]["steps"] == 3 and runs["mha"]["val_loss"] > 0  # of step 3
+    last = json.loads((tmp_path / "mha" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 4 and last["loss" if what == "loss" else "gradient_norm"] is None
+    assert not (tmp_path / "mha_model.pt").exists() and (tmp_path / "gqa_model.pt").exists()
+    assert (
+        f"MHA diverged after 3 steps: {runs['mha']['error']}"
+        in (tmp_path / "console.txt").read_text()
+    )
+    assert "MHA (diverged)" in (tmp_path / "report.md").read_text()
+
+
+def test_runs_that_all_diverge_have_no_winner(data_dir, tmp_path):
+    assert run(["--variants", "mha", "gqa", "--lr=1e30", "--clip=inf"], data_dir, tmp_path) == 1
+    content = json.loads((tmp_path / "ablation_results.json").read_text())
+    assert {r["status"] for r in content["runs"].values()} == {"diverged"}
+    assert content["best"] == {}
+
+
+def test_gradient_norms_leave_out_the_warm_up(data_dir, tmp_path):
+    flags = ["--variants", "gqa", "--log-every=1", "--clip=2.75"]
+    run(flags, data_dir, tmp_path)
+    result = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]["gqa"]
+    norms = [r["gradient_norm"] for r in result["history"]][2:]
+    assert len(norms) == 4
+    assert math.isclose(result["gradient_norm_mean"], sum(norms) / 4)
+    assert result["gradient_norm_max"] == max(norms)
+    assert result["clipped_steps"] == sum(norm > 2.75 for norm in norms)
 
 
 def test_help_explains_every_flag():
