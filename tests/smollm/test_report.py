@@ -1,0 +1,155 @@
+"""Tables, winners and plots of runs that are made up."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from smollm.studies import plots, report
+from smollm.training.record import Record, Run
+
+MIB = 2**20
+
+
+def made(mechanism, *, final=2.0, speed=1000.0, memory=100 * MIB, device="cuda", end=160,
+         status="finished", jitter=0.0, seed=0):  # fmt: skip
+    """A run of `end` of 160 steps whose loss falls from 8 to final, validated every 40."""
+    random = np.random.default_rng(seed)
+    run = Run(mechanism, device, status=status, steps=end)
+    run.tokens_per_second, run.peak_memory_bytes = speed, memory
+    for step in range(5, end + 1, 5):
+        loss = final + (8 - final) * math.exp(-step / 30)
+        noisy = loss + random.normal(0, 0.15)
+        rate = speed * (1 + jitter * (-1) ** (step // 5))
+        record = Record(step, 1000 * step, noisy, 1e-3, 1.0, tokens_per_second=rate)
+        if step % 40 == 0:
+            record.val_loss = run.val_loss = loss
+        run.history.append(record)
+    if status == "diverged":
+        run.error = "loss nan"
+        run.history.append(Record(end + 1, 1000 * end + 1000, math.nan, 1e-3, math.nan))
+    return run
+
+
+@pytest.mark.parametrize(("device", "ours", "theirs", "clear"), [
+    ("cuda", 100, 102, True), ("cuda", 100, 100.5, False), ("cuda", 100, 100, False),
+    ("cpu", 400, 410, False), ("cpu", 40, 60, False), ("cpu", 400, 600, True),
+])  # fmt: skip
+def test_memory_has_a_winner_beyond_noise(device, ours, theirs, clear):
+    runs = [made("mha", memory=int(theirs * MIB), device=device)]
+    runs.append(made("gqa", memory=int(ours * MIB), device=device))
+    for order in (runs, runs[::-1]):
+        assert report.best(order)["memory"] == ("gqa" if clear else None)
+    line = "GQA" if clear else "no clear winner, the gap is within noise"
+    assert f"Best model by memory: {line}" in report.best_lines(runs)
+
+
+@pytest.mark.parametrize(("device", "ours", "jitter", "clear"), [
+    ("cuda", 1050, 0.0, True), ("cuda", 1020, 0.0, False), ("cuda", 1050, 0.1, False),
+    ("cpu", 1200, 0.0, False), ("cpu", 1500, 0.0, True), ("cpu", 1500, 0.5, False),
+])  # fmt: skip
+def test_throughput_has_a_winner_beyond_noise(device, ours, jitter, clear):
+    """Beyond a margin, and beyond what its own stretches differ by."""
+    runs = [made("mha", device=device, jitter=jitter)]
+    runs.append(made("gqa", speed=ours, device=device, jitter=jitter))
+    for order in (runs, runs[::-1]):
+        assert report.best(order)["throughput"] == ("gqa" if clear else None)
+
+
+def test_few_measurements_name_no_faster_one():
+    runs = [made("mha", end=15), made("gqa", end=15, speed=3000.0)]
+    assert report.best(runs)["throughput"] is None
+
+
+def test_only_finished_runs_win():
+    runs = [made("mha", final=1.0, status="diverged"), made("gqa"), made("mla", final=3.0)]
+    assert report.best(runs)["loss"] == "gqa"
+    assert report.best(runs[:1]) == {}
+
+
+def test_the_table_says_how_runs_ended():
+    failed = Run("mla", "cuda")
+    failed.fail(MemoryError())
+    runs = [made("mha"), made("gqa", status="diverged", end=90), failed]
+    runs.append(Run("mga", "cuda", status="interrupted"))
+    assert [row[0] for row in report.rows(runs)] == [
+        "MHA", "GQA (diverged)", "MLA (failed)", "MGA (interrupted)"
+    ]  # fmt: skip
+    assert report.unfinished_lines(runs) == [
+        "GQA diverged after 90 steps: loss nan",
+        "MLA failed after 0 steps: MemoryError",
+        "MGA interrupted after 0 steps",
+    ]
+
+
+def test_the_cache_names_its_type():
+    run = made("mha")
+    assert "Cache B/tok" in report.titles([run])
+    run.cache_dtype = "bf16"
+    assert "Cache B/tok (bf16)" in report.titles([run, Run("gqa", "cuda")])
+
+
+def test_samples_mark_prompt_and_blank_lines():
+    run = made("mha")
+    run.prompt, run.sample = "One\n\ntwo", " three\n \n```\n"
+    assert report.sample_text(run) == "One\n⏎\ntwo⟫ three\n⏎\n` ` `\n⏎"
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draw the loss plot; the axes, and the lines by their labels and markers."""
+
+    def draw(runs):
+        kept = []
+        monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+        plots.plot_loss(tmp_path / "loss.png", runs)
+        (axes,) = kept[0].axes
+        plots.plt.close(kept[0])
+        assert isinstance(axes, Axes)
+        return axes
+
+    return draw
+
+
+def test_the_loss_plot_shows_the_differences(drawn):
+    """Its axis is the second half's: the fall from 8 is cut off, the difference fills it."""
+    axes = drawn([made("mha"), made("gqa", final=2.3)])
+    low, high = axes.get_ylim()
+    assert 1.8 < low < 2.02 and 2.55 < high < 3.0
+    faint = [line for line in axes.get_lines() if line.get_alpha()]
+    for line in faint:  # single batches jump by 0.15
+        late = np.asarray(line.get_ydata())[len(line.get_ydata()) // 2 :]
+        assert np.abs(np.diff(late)).max() < 0.15
+
+
+def test_the_loss_plot_marks_where_a_run_ended(drawn):
+    axes = drawn([made("mha", end=90, status="diverged"), made("gqa"),
+                  Run("mla", "cpu", status="failed")])  # fmt: skip
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["MHA (diverged)", "GQA", "MLA (failed)"]
+    (cross,) = [line for line in axes.get_lines() if line.get_marker() == "X"]
+    assert list(cross.get_xdata()) == [90_000]
+    assert axes.get_ylim()[0] <= cross.get_ydata()[0] <= axes.get_ylim()[1]
+
+
+def test_seeds_are_a_band(drawn):
+    axes = drawn([made("mha", final=final, seed=final) for final in (2, 3, 4)] + [made("gqa")])
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["MHA", "GQA"]
+    (band,) = axes.collections
+    bottom, top = (f(band.get_paths()[0].vertices[:, 1]) for f in (np.min, np.max))
+    assert bottom < 2.05 and top > 4.0
+    mean = next(line for line in axes.get_lines() if line.get_label() == "MHA")
+    assert mean.get_ydata()[-1] == pytest.approx(3 + 5 * math.exp(-160 / 30))
+
+
+@pytest.mark.parametrize("runs", [
+    [], [Run("mha", "cpu", status="failed")], [made("mha", end=0, status="diverged")],
+    [made("mha", end=5)],
+], ids=["none", "failed", "diverged-at-once", "one-record"])  # fmt: skip
+def test_reports_of_little_are_written(runs, tmp_path):
+    report.write_report(tmp_path, runs, {"Corpus": "made up"})
+    for name in ("loss.png", "speed_and_memory.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"^\| Model \| Loss \|", (tmp_path / "report.md").read_text(), re.MULTILINE)
