@@ -3,12 +3,14 @@
 `python train.py --help` lists every flag.
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
     try:
         from smollm.studies.study import main
     except KeyboardInterrupt:  # the imports take seconds
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("train.py: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(main())

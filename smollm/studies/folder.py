@@ -47,10 +47,11 @@ def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
 def clear(folder: Path) -> None:
     """Remove an older study's files, and no others."""
     for file in _files():
-        (folder / file).unlink(missing_ok=True)
-        if file.parent.name:
-            with suppress(OSError):  # absent, or with files of someone else
-                (folder / file.parent).rmdir()
+        if os.path.lexists(folder / file):
+            (folder / file).unlink()
+            if file.parent.name:
+                with suppress(OSError):  # someone else's files are in it
+                    (folder / file.parent).rmdir()
 
 
 _EXPECTED = "output_dir: expected a folder that can be written"

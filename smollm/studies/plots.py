@@ -21,7 +21,8 @@ Points = list[tuple[int, float]]  # (tokens, loss)
 def plot_loss(path: Path, runs: list[Run]) -> None:
     """Loss against tokens: a line a run, or a mechanism's mean and range over several runs.
 
-    The loss axis spans the second half of training, where the differences are.
+    The loss axis spans the second half of training, where the differences are; a cross marks
+    where a run ended that did not finish.
     """
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     lines = [line for run in runs for line in (_smoothed(run), _validated(run))]
@@ -62,10 +63,11 @@ def plot_bars(path: Path, runs: list[Run]) -> None:
 
 
 def _plot_mechanism(axes: Axes, runs: list[Run], color: str, top: float) -> None:
-    """Its runs' faint training lines, their validation as one line, a cross where one broke off."""
+    """Validation as one line, a lone run's training as a faint one, a cross where a run ended."""
     for run in runs:
         line = _smoothed(run)
-        axes.plot(*_columns(line), color=color, alpha=0.35, linewidth=1)
+        if len(runs) == 1:
+            axes.plot(*_columns(line), color=color, alpha=0.35, linewidth=1)
         if run.status != "finished" and line:
             tokens, loss = line[-1]
             axes.plot(
