@@ -386,8 +386,7 @@ def test_a_study_outlives_what_reads_its_output(data_dir, tmp_path):
     assert json.loads((tmp_path / "ablation_results.json").read_text())["best"]["loss"] == "gqa"
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(("what", "number"), [("loss", math.nan), ("gradient", math.inf)])
 def test_a_step_that_is_not_finite_is_not_taken(what, number, data_dir, tmp_path, monkeypatch):
     honest, calls = training.accumulate_gradients, []
 
