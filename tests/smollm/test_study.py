@@ -211,9 +211,10 @@ def test_a_folder_that_cannot_be_written_is_refused(data_dir, tmp_path, capsys, 
 
 
 def test_a_second_study_in_one_folder_is_refused(data_dir, tmp_path, capsys):
-    with train_py(tiny(["--steps=5000", "--val-every=5000"], data_dir, tmp_path)) as first:
+    with train_py(tiny(["--steps=2000", "--val-every=2000"], data_dir, tmp_path)) as first:
         wait_for(lambda: (tmp_path / "mha" / "metrics.jsonl").exists(), first)
-        assert study.main(tiny(["--overwrite"], data_dir, tmp_path)) == 2
+        again = ["--overwrite", "--variants", "gqa", "--steps=2"]
+        assert study.main(tiny(again, data_dir, tmp_path)) == 2
         words = capsys.readouterr().err
         assert words.startswith(f"train.py: {tmp_path}: ") and f"process {first.pid} " in words
         assert (tmp_path / "mha" / "metrics.jsonl").exists()
@@ -255,7 +256,7 @@ def wait_for(ready, process):
 def test_an_interrupt_keeps_the_results_so_far(when, data_dir, tmp_path):
     """However often it comes, until the process has ended."""
     log = tmp_path / "mha" / "metrics.jsonl"
-    with train_py(tiny(["--steps=5000", "--val-every=5000"], data_dir, tmp_path)) as process:
+    with train_py(tiny(["--steps=2000", "--val-every=2000"], data_dir, tmp_path)) as process:
         wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
