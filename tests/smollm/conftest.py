@@ -1,3 +1,6 @@
+import os
+import signal
+
 import datasets
 import pytest
 
@@ -29,3 +32,14 @@ def prepare_mine(parquet, tokenizer_file):
         return prepare_corpus(name, 1, root, **keywords)
 
     return prepare
+
+
+@pytest.fixture
+def ctrl_c():
+    """Sends this process a signal, by default Ctrl-C's, also where it was started to ignore it.
+
+    It takes any arguments, so that it can stand in for a function.
+    """
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *_, number=signal.SIGINT, **__: os.kill(os.getpid(), number)
+    signal.signal(signal.SIGINT, previous)

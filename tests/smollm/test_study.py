@@ -272,14 +272,6 @@ def test_an_interrupt_keeps_the_results_so_far(when, data_dir, tmp_path):
     assert "MHA (interrupted)" in (tmp_path / "report.md").read_text()
 
 
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C as a terminal gives it, also where this process was started to ignore it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, previous)
-
-
 def before(call, first):
     """The call, with something else called before it."""
 

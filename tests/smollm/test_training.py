@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 import signal
 from itertools import pairwise
@@ -131,37 +130,29 @@ def test_memory_is_what_was_added():
     assert keep[0] == 1
 
 
-@pytest.fixture
-def ctrl_c(monkeypatch):
-    """Ctrl-C as a terminal gives it, also where this process was started to ignore it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda number=signal.SIGINT: os.kill(os.getpid(), number)
-    signal.signal(signal.SIGINT, previous)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_wait_unless_released(number, ctrl_c):
     before = signal.getsignal(number)
     after = []
     with Interrupts() as interrupts:
-        ctrl_c(number)
-        ctrl_c(number)
+        ctrl_c(number=number)
+        ctrl_c(number=number)
         with pytest.raises(KeyboardInterrupt), interrupts.released():
             after.append("entered")
         assert interrupts.requested and not after
     with Interrupts() as interrupts:
         with pytest.raises(KeyboardInterrupt), interrupts.released():
             with interrupts.held():
-                ctrl_c(number)
+                ctrl_c(number=number)
                 after.append("held")
             after.append("released")
-        ctrl_c(number)  # while what follows the first is written
+        ctrl_c(number=number)  # while what follows the first is written
         assert after == ["held"]
     with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.released():
         try:
-            ctrl_c(number)
+            ctrl_c(number=number)
         finally:
-            ctrl_c(number)  # disturbs no cleaning up
+            ctrl_c(number=number)  # disturbs no cleaning up
             after.append("cleaned up")
     assert after == ["held", "cleaned up"] and signal.getsignal(number) == before
 
