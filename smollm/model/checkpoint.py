@@ -20,6 +20,9 @@ def save_model(
         model: the model.
         mechanism, config: what `build_model` built it from.
         about: further plain values to keep.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     content = {
         **about,
@@ -28,7 +31,11 @@ def save_model(
         "vocab_size": model.vocab_size,
         "state_dict": model.state_dict(),
     }
-    write_atomically(path, lambda file: torch.save(content, file))
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except RuntimeError as error:  # torch's own, raised over the file's
+        cause = error.__context__ or error
+        raise OSError(f"{path}: expected room for the weights, got {cause}") from error
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> SmolLM:

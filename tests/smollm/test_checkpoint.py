@@ -1,8 +1,12 @@
 """Saved models: what loads, and what is refused in words."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from study_cases import SMALL
+from study_cases import ROOT, SMALL
 
 from smollm.model.checkpoint import load_model, save_model
 from smollm.model.config import build_model
@@ -68,3 +72,22 @@ def test_a_file_that_is_no_model_is_refused_by_name(kind, saved):
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.pt"):
         load_model(tmp_path / "x.pt")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    code = (
+        "import resource, sys, pathlib; from study_cases import SMALL\n"
+        "from smollm.model.checkpoint import build_model, save_model\n"
+        "model = build_model('mha', SMALL, 500)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "save_model(pathlib.Path(sys.argv[1]), model, 'mha', SMALL)\n"
+    )
+    path = tmp_path / "x.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'smollm'}"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    last = done.stderr.splitlines()[-1]
+    assert last == f"OSError: {path}: expected room for the weights, got [Errno 27] File too large"
+    assert not list(tmp_path.iterdir())
