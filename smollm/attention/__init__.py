@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from smollm.attention.base import Attention, Options, SharedOptions
+from smollm.attention.base import Attention
 from smollm.attention.genetic import GeneticOptions, MultiHeadGeneticAttention
 from smollm.attention.grouped import (
     GroupedQueryAttention,
@@ -10,6 +10,7 @@ from smollm.attention.grouped import (
     MultiHeadAttention,
 )
 from smollm.attention.latent import LatentOptions, MultiHeadLatentAttention
+from smollm.attention.options import Options, SharedOptions
 
 __all__ = [
     "MECHANISMS",

@@ -1,8 +1,7 @@
-"""What every mechanism shares: its options, padding, positions, output, initialisation."""
+"""What every mechanism shares: padding, positions, the output projection, initialisation."""
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -14,54 +13,6 @@ from smollm.attention.rope import Rope, rotary_tables, token_positions
 
 QKNorm = bool | Literal["rms"]
 NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class SharedOptions:
-    """What a model tells every mechanism; each field is a flag of train.py."""
-
-    embed_dim: int = 576
-    """Model width."""
-    num_heads: int = 9
-    """(Query) heads of every mechanism."""
-    window_size: int | None = None
-    """Tokens in the sliding window of a mechanism that has none of its own; full attention by
-    default."""
-    qk_norm: Literal["none", "layer", "rms"] = "none"
-    """Normalise the queries and keys of a mechanism that has them, per head ("layer" or "rms")."""
-    rope_theta: float = 100_000.0
-    """Base of the rotary embedding."""
-    bias: bool = False
-    """Biases in attention and MLP."""
-    dropout: float = 0.0
-    """Dropout on embeddings and branch outputs."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options that are a mechanism's own, by default none.
-
-    Each field is a flag of train.py, so no two mechanisms have one of the same name.
-    """
-
-    def arguments(self, shared: SharedOptions) -> dict[str, Any]:
-        """The module's keyword arguments; own fields by their own names.
-
-        Raises:
-            ValueError: a shared option that the mechanism lacks.
-        """
-        return {
-            "embed_dim": shared.embed_dim,
-            "num_heads": shared.num_heads,
-            "use_sliding_window": shared.window_size is not None,
-            "window_size": shared.window_size,
-            "qk_norm": {"none": False, "layer": True, "rms": "rms"}[shared.qk_norm],
-            "rope_theta": shared.rope_theta,
-            "bias": shared.bias,
-            "dropout": shared.dropout,
-            "is_causal": True,
-            **vars(self),
-        }
 
 
 class Attention(nn.Module):

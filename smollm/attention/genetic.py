@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from einops import einsum
@@ -15,15 +15,9 @@ from kernels import (
     ring_positions,
     rotate,
 )
-from smollm.attention.base import (
-    Attention,
-    Linear,
-    Options,
-    SharedOptions,
-    check_divides,
-    split_heads,
-)
+from smollm.attention.base import Attention, Linear, check_divides, split_heads
 from smollm.attention.cache import LayerCache
+from smollm.attention.options import LARGEST, WIDEST, Options, Range, SharedOptions
 from smollm.attention.rope import Rope
 
 Environment = Literal["query", "kin", "none"]
@@ -33,13 +27,13 @@ Environment = Literal["query", "kin", "none"]
 class GeneticOptions(Options):
     """MGA's own options."""
 
-    num_value_heads: int | None = None
+    num_value_heads: Annotated[int | None, Range(1, WIDEST)] = None
     """MGA: value heads; as many as heads by default."""
     environment: Environment = "query"
     """MGA: what re-weighs the fitness of genes."""
-    selection_pressure: float = 4.0
+    selection_pressure: Annotated[float, Range(1e-6, 1e6)] = 4.0
     """MGA: initial selection pressure of every head."""
-    genetic_window_size: int = 128
+    genetic_window_size: Annotated[int, Range(1, LARGEST)] = 128
     """MGA: tokens in the window, which it always has."""
 
     def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102

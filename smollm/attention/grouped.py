@@ -1,7 +1,7 @@
 """Softmax attention over keys and values of their own: GQA and, with a head each, MHA."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -9,7 +9,6 @@ from kernels import attention, attention_decode, rotate
 from smollm.attention.base import (
     Attention,
     Linear,
-    Options,
     QKNorm,
     check_divides,
     checked_window,
@@ -17,6 +16,7 @@ from smollm.attention.base import (
     split_heads,
 )
 from smollm.attention.cache import LayerCache
+from smollm.attention.options import WIDEST, Options, Range
 from smollm.attention.rope import Rope
 
 
@@ -24,7 +24,7 @@ from smollm.attention.rope import Rope
 class GroupedQueryOptions(Options):
     """GQA's own options."""
 
-    num_kv_heads: int = 3
+    num_kv_heads: Annotated[int, Range(1, WIDEST)] = 3
     """GQA: key and value heads."""
 
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Annotated
 
 from einops import einsum, rearrange
 from torch import Tensor, nn
@@ -10,13 +11,13 @@ from kernels import latent_attention, latent_decode, rotate
 from smollm.attention.base import (
     Attention,
     Linear,
-    Options,
     QKNorm,
     checked_window,
     head_norm,
     split_heads,
 )
 from smollm.attention.cache import LayerCache
+from smollm.attention.options import WIDEST, Options, Range
 from smollm.attention.rope import Rope
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's
@@ -26,11 +27,11 @@ LATENT_NORM_EPS = 1e-6  # DeepSeek's
 class LatentOptions(Options):
     """MLA's own options."""
 
-    latent_dim: int = 288
+    latent_dim: Annotated[int, Range(1, WIDEST)] = 288
     """MLA: width of the latent that the cache holds."""
-    rope_dim: int = 32
+    rope_dim: Annotated[int, Range(0, WIDEST)] = 32
     """MLA: width of the rotary part; 0 for none."""
-    q_latent_dim: int | None = None
+    q_latent_dim: Annotated[int | None, Range(1, WIDEST)] = None
     """MLA: width of a latent that queries are expanded from; none by default."""
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from smollm.attention import MECHANISMS, Options, SharedOptions
+from smollm.attention.options import LARGEST, WIDEST, Range
 from smollm.model.block import NormStrategy
 from smollm.model.model import SmolLM, create_smollm_with_attention
 
@@ -13,13 +14,13 @@ from smollm.model.model import SmolLM, create_smollm_with_attention
 class ModelConfig(SharedOptions):
     """Shape of the models; each field, those of the mechanisms included, is a flag of train.py."""
 
-    num_layers: int = 4
+    num_layers: Annotated[int, Range(1, WIDEST)] = 4
     """Transformer blocks."""
     norm_strategy: NormStrategy = "pre"
     """Where a block's norms stand: before a branch, after it, or both."""
-    ffn_hidden_dim: int = 1536
+    ffn_hidden_dim: Annotated[int, Range(1, WIDEST)] = 1536
     """Inner width of the SwiGLU."""
-    max_seq_len: int = 2048
+    max_seq_len: Annotated[int, Range(2, LARGEST)] = 2048
     """Longest sequence that the model accepts."""
     tie_embeddings: bool = True
     """The output head shares the embedding's weights."""

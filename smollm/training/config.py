@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from smollm.attention import MECHANISMS
+from smollm.attention.options import INF, LARGEST, Range
 from smollm.files import json_text
 from smollm.model.config import ModelConfig
 
@@ -30,34 +31,34 @@ class TrainConfig:
     else "builtin", which needs no network."""
     data_dir: Path = Path(".data")
     """Folder of prepared corpora."""
-    seq_len: int = 512
+    seq_len: Annotated[int, Range(2, LARGEST)] = 512
     """Tokens in a training sequence."""
-    batch_size: int = 4
+    batch_size: Annotated[int, Range(1, LARGEST)] = 4
     """Sequences in a micro-batch."""
-    grad_accum: int = 1
+    grad_accum: Annotated[int, Range(1, LARGEST)] = 1
     """Micro-batches in a step."""
-    steps: int = 1000
+    steps: Annotated[int, Range(1, LARGEST)] = 1000
     """Optimizer steps of each run."""
     document_mask: bool = False
     """Keep attention and targets inside documents."""
-    lr: float = 3e-3
+    lr: Annotated[float, Range(0, INF, "()")] = 3e-3
     """Peak learning rate."""
-    warmup_steps: int = 50
+    warmup_steps: Annotated[int, Range(0, LARGEST)] = 50
     """Steps of linear warm-up, at most all."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Range(0, 1)] = 0.2
     """Last part of the steps, in which the rate falls linearly to 0; where it overlaps the
     warm-up, the lower rate holds."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Range(0, 1, "[)")] = 0.9
     """AdamW's first moment."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Range(0, 1, "[)")] = 0.95
     """AdamW's second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(1e-30, 1e30)] = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0, INF, "[)")] = 0.01
     """On projections; never on embeddings, norms, biases and selection pressures."""
-    clip: float = 1.0
+    clip: Annotated[float, Range(0, INF, "(]")] = 1.0
     """Largest gradient norm; inf for no limit."""
-    seed: int = 8
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 8
     """Seeds initialisation and data order, the same for every variant."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" is a GPU if there is one."""
@@ -65,13 +66,13 @@ class TrainConfig:
     """Type of the forward pass; weights stay fp32. "auto": bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
     """Run the model through torch.compile."""
-    log_every: int = 10
+    log_every: Annotated[int, Range(1, LARGEST)] = 10
     """Steps between training records."""
-    val_every: int = 250
+    val_every: Annotated[int, Range(1, LARGEST)] = 250
     """Steps between validations; one always ends a run."""
-    val_tokens: int = 262_144
+    val_tokens: Annotated[int, Range(1, LARGEST)] = 262_144
     """At most so many tokens of held-out documents are validated on."""
-    generate_tokens: int = 128
+    generate_tokens: Annotated[int, Range(0, LARGEST)] = 128
     """Tokens generated after training, to measure speed and show a sample."""
 
 

@@ -17,6 +17,7 @@ from smollm.attention.rope import token_positions
 from smollm.data import Corpus, document_boundaries
 from smollm.files import json_text
 from smollm.model import SmolLM
+from smollm.model.generate import evaluation_mode
 from smollm.training.config import TrainConfig
 from smollm.training.record import Record
 
@@ -173,17 +174,16 @@ def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, fl
     device = model.embed_tokens.weight.device
     token_bytes = corpus.token_bytes
     nats, targets, size = 0.0, 0, 0
-    model.eval()
-    for ids, cu_seqlens, predicted in _held_out(corpus, config):
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.to(device)
-        ids = ids.to(device)
-        with autocast(config, device):
-            loss = model(ids, labels=ids, cu_seqlens=cu_seqlens)["loss"]
-        nats += float(loss) * len(predicted)
-        targets += len(predicted)
-        size += int(token_bytes[predicted].sum())
-    model.train()
+    with evaluation_mode(model):
+        for ids, cu_seqlens, predicted in _held_out(corpus, config):
+            if cu_seqlens is not None:
+                cu_seqlens = cu_seqlens.to(device)
+            ids = ids.to(device)
+            with autocast(config, device):
+                loss = model(ids, labels=ids, cu_seqlens=cu_seqlens)["loss"]
+            nats += float(loss) * len(predicted)
+            targets += len(predicted)
+            size += int(token_bytes[predicted].sum())
     if size == 0:
         raise ValueError(_no_targets(corpus, config))
     loss = nats / targets

@@ -12,10 +12,12 @@ import pytest
 import torch
 from study_cases import SMALL
 
+from smollm.attention import MECHANISMS
+from smollm.attention.options import ranges
 from smollm.data.shards import TokenWindows
 from smollm.model.config import ModelConfig, build_model
 from smollm.training import metrics
-from smollm.training.checks import RANGES, check_config
+from smollm.training.checks import check_config
 from smollm.training.config import PRESETS, Config, TrainConfig
 from smollm.training.interrupts import Interrupts
 from smollm.training.optim import accumulate_gradients, learning_rate, make_optimizer
@@ -93,6 +95,14 @@ def test_evaluation_counts_every_target_once(corpus):
     assert math.isclose(measured["bits_per_byte"], float(nats) / math.log(2) / size, rel_tol=1e-5)
 
 
+def test_evaluation_leaves_each_submodules_mode(corpus):
+    model = build_model("gqa", SMALL, corpus.vocab_size)
+    model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    metrics.evaluate(model, corpus, TrainConfig(seq_len=32, batch_size=3, val_tokens=64))
+    assert [module.training for module in model.modules()] == before
+
+
 def corpus_of(train, val):
     """A corpus of 3 tokens; 0 ends a document and stands for no text."""
     windows = (TokenWindows([np.array(ids, dtype=np.uint16)]) for ids in (train, val))
@@ -164,6 +174,11 @@ def test_an_ignored_signal_stays_ignored(ctrl_c):
         assert not interrupts.requested
 
 
+RANGES = {
+    name: allowed
+    for options in (TrainConfig, ModelConfig, *(row.options for row in MECHANISMS.values()))
+    for name, allowed in ranges(options).items()
+}
 NUMBERS = {
     name: value
     for fields in (vars(TrainConfig()), ModelConfig().flags)
