@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, reference
+from kernels.autocast import without_autocast
 from kernels.core.problem import Problem
 
 PROBLEM = (
@@ -70,15 +71,32 @@ class _AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, dlse_log2: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, o, lse_log2 = ctx.saved_tensors
         problem = Problem(*tensors, *ctx.plain)
-        *gradients, delta, _ = core_backward(*problem, o, lse_log2, do, dlse_log2, False)
+        *gradients, delta, excess = core_backward(
+            *problem, o, lse_log2, do, dlse_log2, problem.sinks is not None
+        )
         present = (d if x is not None else None for x, d in zip(problem, gradients, strict=False))
         dsinks = None
-        if problem.sinks is not None:  # -P_sink delta, summed over queries
+        if problem.sinks is not None:  # -P_sink delta, summed over queries, but of o unrounded:
+            # the excess of the other keys is sum_j P_j dP_j - (1 - P_sink) delta
             sinks_log2 = problem.sinks.float() * math.log2(math.e)
-            weights = torch.exp2(sinks_log2[:, None] - lse_log2)  # [B, HQ, Tq]
-            dsinks = -(weights * delta).sum((0, 2)).to(problem.sinks.dtype)
+            finite = lse_log2.clamp(min=torch.finfo(torch.float32).min)  # sinks may be -inf too
+            weights = torch.exp2(sinks_log2[:, None] - finite)  # [B, HQ, Tq]
+            exact = excess + (1 - weights) * delta - dlse_log2 * math.log2(math.e)
+            dsinks = -(weights * exact).sum((0, 2)).to(problem.sinks.dtype)
         rest = (None,) * (len(problem) - len(gradients) - 1)
         return *present, dsinks, *rest
+
+
+class _Joined(torch.autograd.Function):
+    """o and lse as they are; either alone gives every input of both a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        return o.view_as(o), lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+        return do, dlse  # zeros where the loss does not reach
 
 
 def fused_attention(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -115,6 +133,7 @@ def attention(
     return_lse: Literal[True],
     impl: checks.Impl = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@without_autocast
 def attention(
     q: Tensor,
     k: Tensor,
@@ -151,7 +170,7 @@ def attention(
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1, Tq = Tk: tokens see
             only their own sequence. Default None.
         sinks: [HQ], a learned logit per head that joins the softmax, and so the lse, and
-            carries no value. Default None.
+            carries no value; -inf is none, inf and nan give nan. Default None.
         return_lse: also return the log-sum-exp of the scores. Default False.
         impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Triton
             takes fp16, bf16 and fp32, widths up to 256, any strides with the last one 1; its
@@ -159,8 +178,9 @@ def attention(
 
     Returns:
         o [B, Tq, HQ, D_V] in q's type; with return_lse also lse [B, Tq, HQ] in fp32, natural
-        logarithm, differentiable. A row that sees no key gives o = 0, lse = -inf and zero
-        gradients.
+        logarithm, differentiable. A row that sees no key gives o = 0, lse = -inf (without a
+        sink) and zero gradients. An input that asks for its gradient gets one, zeros where the
+        loss does not reach it; keys that no query sees may hold anything, and get zeros.
 
     Raises:
         ValueError, TypeError: an argument breaks its contract; the text names it, what was
@@ -178,6 +198,7 @@ def attention(
         cu_seqlens=cu_seqlens,
         sinks=sinks,
     )
+    window_size = checks.bounded(window_size)
     if checks.implementation(impl, {"q": q, "k": k, "v": v}) == "triton":
         problem = Problem(
             q,
@@ -201,4 +222,7 @@ def attention(
         cu_seqlens=cu_seqlens,
         sinks=sinks,
     )
-    return (o, lse) if return_lse else o
+    if not return_lse:
+        return o
+    o, lse = _Joined.apply(o, lse)  # type: ignore[no-untyped-call]
+    return o, lse

@@ -40,6 +40,7 @@ MUTANTS = {
     "a key head left out of dv": (BACKWARD, "+ 1) * k_per_v)", "+ 1) * k_per_v - 1)"),
     "sinks left out of the sum": (FORWARD, "row_sum += 1.0", "row_sum += 0.0"),
     "dsinks of the wrong sign": (OP, "dsinks = -(", "dsinks = ("),
+    "dsinks without the excess": (OP, "exact = excess +", "exact ="),
     "rope left out of the scores": (PRIMITIVES, "range(len(a))", "range(1)"),
     "a head left out of dk_rope": (BACKWARD, "shares.sum(2)", "shares[:, :, 1:].sum(2)"),
     "rope at another head": (FORWARD, "k_rope_ptr, k_rope_strides, batch, 0,",

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.core import tiles
+from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
     accumulate,
@@ -97,8 +98,8 @@ def dq_kernel(
 ):  # fmt: skip
     """dq = scale dS k for BLOCK_M queries of one head, where dS = P (do v^T - delta).
 
-    A row of dS sums to 0 but for rounding; that excess is wanted where all keys have a part in
-    common, which multiplies it.
+    A row of dS sums to 0 but for rounding and a sink; that excess is wanted where all keys have a
+    part in common, which multiplies it, and for the gradient of the sink.
     Grid: (query tiles * B * HQ,), the last queries, who see the most keys, first.
     """
     tile, batch, head = locate_program(batches, q_heads)
@@ -158,7 +159,10 @@ def _key_gradients(
         dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
         dweights = inner_products(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
         delta = load_vector(delta_ptr, start, q_tokens, BLOCK_M, MASKED)
-        dk = accumulate(score_gradient(weights, dweights, delta[None, :]), q, dk, PRECISION)
+        dscores = score_gradient(weights, dweights, delta[None, :])
+        if MASKED:  # keys that nobody sees may hold nan
+            dscores = tl.where(seen, dscores, 0.0)
+        dk = accumulate(dscores, q, dk, PRECISION)
     return dk, dv
 
 
@@ -228,48 +232,38 @@ def launch_backward(
     so is excess, what rounding makes of sum_j dS_ij = 0, unless asked for.
     """
     q, k, v, q_rope, k_rope = problem[:5]
-    if do.stride(-1) != 1:  # as that of o.sum(), expanded from one number
-        do = do.contiguous()
     dq, dk, dv, dq_rope, dk_rope = (
         q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
     )
-    delta = torch.empty_like(lse_log2)
-    excess = torch.empty_like(lse_log2) if with_excess else lse_log2.new_empty((0,) * 3)
-    if q.numel() == 0 or k.numel() == 0:
-        gradients = (x.zero_() for x in (dq, dk, dv, dq_rope, dk_rope, delta, excess))
-        return tuple(gradients)  # type: ignore[return-value]
+    delta = lse_log2.new_empty(lse_log2.shape)
+    excess = lse_log2.new_empty(lse_log2.shape if with_excess else (0,) * 3)
     arguments = problem.kernel_arguments
     batches, q_tokens, q_heads, _ = q.shape
     k_tokens, k_heads = k.shape[1:3]
 
     delta_rows = DELTA_ELEMENTS // triton.next_power_of_2(max(16, v.shape[-1]))
-    delta_kernel[(triton.cdiv(q_tokens, delta_rows) * batches * q_heads,)](
+    launch(
+        delta_kernel,
+        triton.cdiv(q_tokens, delta_rows) * batches * q_heads,
         o_ptr=o,
         do_ptr=do,
         lse_log2_ptr=lse_log2,
-        dlse_log2_ptr=dlse_log2.contiguous(),
+        dlse_log2_ptr=dlse_log2,
         delta_ptr=delta,
-        o_strides=o.stride(),
-        do_strides=do.stride(),
         batches=batches,
         q_heads=q_heads,
         q_tokens=q_tokens,
         D_V=v.shape[-1],
         BLOCK_M=delta_rows,
     )
-    arguments |= {
-        "do_ptr": do,
-        "do_strides": do.stride(),
-        "lse_log2_ptr": lse_log2,
-        "delta_ptr": delta,
-    }
+    arguments |= {"do_ptr": do, "lse_log2_ptr": lse_log2, "delta_ptr": delta}
     tile = tiles.choose("dq", q, tiles.tile_width(arguments))
-    dq_kernel[(triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,)](
+    launch(
+        dq_kernel,
+        triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,
         **arguments,
         dq_ptr=dq,
-        dq_strides=dq.stride(),
         dq_rope_ptr=dq_rope,
-        dq_rope_strides=dq_rope.stride(),
         excess_ptr=excess,
         HAS_EXCESS=with_excess,
         **tile.options,
@@ -277,14 +271,13 @@ def launch_backward(
     shape = batches, k_tokens, k_heads, arguments["D_ROPE"]
     shares = q.new_empty(shape, dtype=torch.float32)  # of each key head in dk_rope
     tile = tiles.choose("dkdv", q, tiles.tile_width(arguments))
-    dkdv_kernel[(triton.cdiv(k_tokens, tile.block_n) * batches * v.shape[2],)](
+    launch(
+        dkdv_kernel,
+        triton.cdiv(k_tokens, tile.block_n) * batches * v.shape[2],
         **arguments,
         dk_ptr=dk,
-        dk_strides=dk.stride(),
         dv_ptr=dv,
-        dv_strides=dv.stride(),
         dk_rope_ptr=shares,
-        dk_rope_strides=shares.stride(),
         **tile.options,
     )
     if k_rope is not None:

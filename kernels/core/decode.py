@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.core import tiles
 from kernels.core.forward import attend
+from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
     cast,
@@ -172,7 +173,9 @@ def launch_decode(
         splits * batches, rows, k_heads, d_v, dtype=torch.float32 if splits > 1 else q.dtype
     )
     lse = q.new_empty(partial.shape[:3], dtype=torch.float32)
-    decode_kernel[(programs * splits,)](
+    launch(
+        decode_kernel,
+        programs * splits,
         q_ptr=q,
         k_ptr=k_cache,
         v_ptr=values,
@@ -180,10 +183,6 @@ def launch_decode(
         lse_ptr=lse,
         sinks_ptr=sinks,
         lengths_ptr=cache_lengths,
-        q_strides=q.stride(),
-        k_strides=k_cache.stride(),
-        v_strides=values.stride(),
-        o_strides=partial.stride(),
         batches=batches,
         k_heads=k_heads,
         v_heads=v_heads,
@@ -203,7 +202,9 @@ def launch_decode(
     if splits > 1:
         o = q.new_empty(batches, rows, k_heads, d_v)
         block_v = triton.next_power_of_2(d_v)
-        combine_kernel[(batches * rows * k_heads,)](
+        launch(
+            combine_kernel,
+            batches * rows * k_heads,
             o_ptr=o,
             partial_ptr=partial,
             lse_ptr=lse,

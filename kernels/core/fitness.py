@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.core import tiles
+from kernels.core.launch import launch
 from kernels.core.primitives import (
     at_row_vector,
     head_matrix,
@@ -277,16 +278,14 @@ def launch_fitness(genes: Genes) -> tuple[Tensor, Tensor]:
     g, pressure = genes.g, genes.pressure
     q = g.new_empty(g.shape, dtype=torch.float32 if pressure is None else g.dtype)
     k = g.new_empty((0,) * 4 if pressure is None else g.shape)
-    if g.numel() == 0:
-        return q, k
-    grid, rows = _row_arguments(genes)
-    fitness_kernel[grid](
+    programs, rows = _row_arguments(genes)
+    launch(
+        fitness_kernel,
+        programs,
         **rows,
-        **_window_arguments(grid, rows, genes),
+        **_window_arguments(programs, rows, genes),
         q_ptr=q,
-        q_strides=q.stride(),
         k_ptr=k,
-        k_strides=k.stride(),
     )
     return q, k
 
@@ -300,56 +299,47 @@ def launch_fitness_backward(
     dg = g.new_empty(g.shape)
     dlogits = g.new_empty((0,) * 4 if environment == "none" else g.shape)
     selected = 0 if genes.pressure is None else heads
-    if g.numel() == 0:
-        return dg, dlogits, g.new_zeros(selected, dtype=torch.float32)
-    if dq.stride(-1) != 1:  # as that of a sum, expanded from one number
-        dq = dq.contiguous()
-    grid, rows = _row_arguments(genes)
+    programs, rows = _row_arguments(genes)
     blocks = rows["blocks"]
     dpressures = g.new_empty(batches, selected, blocks, dtype=torch.float32)
     share = g.new_empty(g.shape, dtype=torch.float32)
     share_totals = g.new_empty(batches, heads, blocks, width, dtype=torch.float32)
-    share_kernel[grid](
+    launch(
+        share_kernel,
+        programs,
         **rows,
-        **_window_arguments(grid, rows, genes),
+        **_window_arguments(programs, rows, genes),
         dq_ptr=dq,
-        dq_strides=dq.stride(),
         excess_ptr=excess,
         dlogits_ptr=dlogits,
-        dlogits_strides=dlogits.stride(),
         dpressure_ptr=dpressures,
         share_ptr=share,
-        share_strides=share.stride(),
         share_totals_ptr=share_totals,
     )
-    dk = share if dk is None else dk  # unread
-    dg_kernel[grid](
+    launch(
+        dg_kernel,
+        programs,
         **rows,
-        dk_ptr=dk,
-        dk_strides=dk.stride(),
+        dk_ptr=share if dk is None else dk,  # unread
         share_ptr=share,
-        share_strides=share.stride(),
         share_totals_ptr=share_totals,
         kin_ptr=dlogits,
-        kin_strides=dlogits.stride(),
         dg_ptr=dg,
-        dg_strides=dg.stride(),
         ARE_KIN=environment == "kin",
     )
     return dg, dlogits, dpressures.sum((0, 2))
 
 
-def _row_arguments(genes: Genes) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the keyword arguments that all kernels with windows have in common."""
+def _row_arguments(genes: Genes) -> tuple[int, dict[str, Any]]:
+    """How many programs, and the keyword arguments that all kernels with windows have in common."""
     g, cos, sin, packed = genes.g, genes.cos, genes.sin, genes.cu_seqlens
     batches, tokens, heads, width = g.shape
     tile = tiles.choose("fitness", g, padded_width(width))
     blocks = triton.cdiv(tokens, tile.block_m)
-    return (blocks * batches * heads,), {
+    return blocks * batches * heads, {
         "g_ptr": g,
-        "g_strides": g.stride(),
-        "cos_ptr": None if cos is None else cos.contiguous(),
-        "sin_ptr": None if sin is None else sin.contiguous(),
+        "cos_ptr": cos,
+        "sin_ptr": sin,
         "bounds_ptr": None if packed is None else sequence_bounds(packed, tokens),
         "batches": batches,
         "heads": heads,
@@ -368,18 +358,17 @@ def _row_arguments(genes: Genes) -> tuple[tuple[int], dict[str, Any]]:
     }
 
 
-def _window_arguments(grid: tuple[int], rows: dict[str, Any], genes: Genes) -> dict[str, Any]:
+def _window_arguments(programs: int, rows: dict[str, Any], genes: Genes) -> dict[str, Any]:
     """Those of the kernels that see gamma; runs the one that sums up each block's genes first."""
     g, e = genes.g, genes.e
     batches, _, heads, width = g.shape
     totals = g.new_empty(batches, heads, rows["blocks"], width, dtype=torch.float32)
-    of_totals = ("g_ptr", "g_strides", "batches", "heads", "tokens", "blocks", "D_FIRST",
-                 "D_SECOND", "BLOCK", "num_warps", "num_stages")  # fmt: skip
-    totals_kernel[grid](**{name: rows[name] for name in of_totals}, totals_ptr=totals)
+    of_totals = ("g_ptr", "batches", "heads", "tokens", "blocks", "D_FIRST", "D_SECOND", "BLOCK",
+                 "num_warps", "num_stages")  # fmt: skip
+    launch(totals_kernel, programs, **{name: rows[name] for name in of_totals}, totals_ptr=totals)
     logits = g if e is None else e  # eps is sigmoid(e), or sigmoid(g), or neither is read
     return {
         "logits_ptr": logits,
-        "logits_strides": logits.stride(),
         "pressure_ptr": genes.pressure,
         "scale": width**0.5,
         "totals_ptr": totals,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.core import tiles
+from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
     accumulate,
@@ -101,15 +102,13 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     batches, q_tokens, q_heads, _ = q.shape
     o = q.new_empty(batches, q_tokens, q_heads, problem.v.shape[-1])
     lse_log2 = q.new_empty(batches, q_heads, q_tokens, dtype=torch.float32)
-    if o.numel() == 0:
-        return o, lse_log2
     arguments = problem.kernel_arguments
     tile = tiles.choose("forward", q, tiles.tile_width(arguments))
-    grid = (triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,)
-    forward_kernel[grid](
+    launch(
+        forward_kernel,
+        triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,
         **arguments,
         o_ptr=o,
-        o_strides=o.stride(),
         lse_log2_ptr=lse_log2,
         sinks_ptr=sinks,
         HAS_SINKS=sinks is not None,

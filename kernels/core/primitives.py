@@ -20,9 +20,10 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """x in a type of the inputs, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:  # else it would cut bits off
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:  # it would cut bits off
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + (bits >> 16 & 1)).to(tl.float32, bitcast=True)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        x = tl.where(x == x, nearest, bits >> 16 | 0x40).to(tl.uint16).to(dtype, bitcast=True)
     return x.to(dtype)
 
 

@@ -41,9 +41,6 @@ class Problem(NamedTuple):
             "q_ptr": self.q,
             "k_ptr": self.k,
             "v_ptr": self.v,
-            "q_strides": self.q.stride(),
-            "k_strides": self.k.stride(),
-            "v_strides": self.v.stride(),
             **rope_arguments(self.q, self.k, self.q_rope, self.k_rope),
             "bounds_ptr": None if packed is None else sequence_bounds(packed, k_tokens),
             "batches": batches,
@@ -101,8 +98,6 @@ def rope_arguments(
     return {
         "q_rope_ptr": q_rope,
         "k_rope_ptr": shared,
-        "q_rope_strides": q_rope.stride(),
-        "k_rope_strides": shared.stride(),
         "D_ROPE": width,
     }
 
@@ -110,7 +105,7 @@ def rope_arguments(
 def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """First and end of the packed sequence of each token, int32 [2, T]."""
     position = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
-    index = torch.searchsorted(cu_seqlens, position, right=True)
+    index = torch.searchsorted(cu_seqlens.contiguous(), position, right=True)
     return torch.stack((cu_seqlens[index - 1], cu_seqlens[index]))
 
 

@@ -1,0 +1,131 @@
+"""How kernels are launched: on whose device, with which strides; and how numbers are rounded."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import kernels
+from kernels.core.launch import launch
+from kernels.core.primitives import cast
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Recorder:
+    """Stands in for a kernel of these arguments and keeps what its launches are given."""
+
+    arg_names = ("x_ptr", "x_strides", "y_ptr", "n")
+
+    def __init__(self):
+        self.launches, self.devices, self.current = [], [], None
+
+    def __getitem__(self, grid):
+        def run(**arguments):
+            self.launches.append((grid, arguments))
+            self.devices.append(self.current)
+
+        return run
+
+    @contextmanager
+    def device_of(self, x):
+        self.current = x.device
+        yield
+        self.current = None
+
+
+def launched(x, y, programs=3):
+    """The arguments of a launch."""
+    recorder = Recorder()
+    launch(recorder, programs, x_ptr=x, y_ptr=y, n=7)
+    ((grid, arguments),) = recorder.launches
+    assert grid == (programs,) and arguments["n"] == 7
+    assert arguments["x_strides"] == arguments["x_ptr"].stride()
+    assert torch.equal(arguments["x_ptr"], x) and torch.equal(arguments["y_ptr"], y)
+    return arguments
+
+
+def test_a_launch_runs_on_the_device_of_its_tensors():
+    recorder, x = Recorder(), torch.zeros(1, 2, 3, 4, device="meta")
+    with mock.patch.object(torch.cuda, "device_of", recorder.device_of):
+        launch(recorder, 5, x_ptr=x, y_ptr=None, n=7)
+    assert recorder.devices == [x.device] and recorder.current is None
+
+
+def test_no_program_is_no_launch():
+    recorder = Recorder()
+    launch(recorder, 0, x_ptr=torch.zeros(1, 0, 3, 4), n=7)
+    assert recorder.launches == []
+
+
+def test_strides_are_kept_where_a_kernel_takes_them():
+    x, y = torch.randn(2, 3, 4, 9)[..., :5].transpose(1, 2), torch.randn(6, 2)[:, 1]
+    arguments = launched(x, y)
+    assert arguments["x_ptr"] is x and arguments["y_ptr"].stride() == (1,)
+
+
+def test_columns_apart_are_copied():
+    assert launched(torch.randn(2, 3, 4, 5).mT, torch.ones(1))["x_ptr"].stride(-1) == 1
+    x = torch.randn(2, 3, 4, 5)[..., 2:3]
+    assert launched(x, torch.ones(1))["x_ptr"] is x
+
+
+@pytest.mark.parametrize(("tokens", "copied"), [(1, False), (16, False), (17, True), (1000, True)])
+def test_rows_too_far_apart_for_32_bits_are_copied(tokens, copied):
+    """Rows of a tile are 2^27 elements apart: 16 of them end before 2^31."""
+    x = torch.empty(1, dtype=torch.float16, device="meta")
+    x = torch.as_strided(x.new_empty(1 + tokens * 2**27), (1, tokens, 1, 1), (1, 2**27, 1, 1))
+    recorder = Recorder()
+    launch(recorder, 1, x_ptr=x, n=7)
+    ((_, arguments),) = recorder.launches
+    assert (arguments["x_ptr"] is not x) == copied
+    assert arguments["x_strides"] == ((tokens, 1, 1, 1) if copied else x.stride())
+
+
+def test_attention_over_rows_far_apart():
+    """Memory that nobody touches costs nothing."""
+    far, tokens = 2**27, 17
+    memory = torch.empty(tokens * far, dtype=torch.float16, device=DEVICE)
+    k = memory.as_strided((1, tokens, 1, 16), (tokens * far, far, 16, 1))
+    k.copy_(torch.randn(1, tokens, 1, 16))
+    expected = kernels.attention(*[k.contiguous()] * 3, impl="triton")
+    assert torch.equal(kernels.attention(k, k, k, impl="triton"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_a_gpu_that_is_not_the_current_one():
+    q, lengths = torch.randn(2, 33, 3, 16), torch.tensor([33, 9], dtype=torch.int32)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        leaf, pressure = q.to(device).requires_grad_(), torch.ones(3, device=device)
+        o = kernels.attention(leaf, leaf, leaf)
+        o = o + kernels.genetic_attention(leaf, leaf, leaf, pressure, window_size=5)
+        decoded = kernels.attention_decode(leaf[:, -1], leaf, leaf, lengths.to(device))
+        results.append((o, decoded, *torch.autograd.grad(o.sum(), leaf)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+@triton.jit
+def _cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, cast(tl.load(x_ptr + at), y_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_rounding_is_pytorchs(dtype):
+    """Of every number of 16 bits, those next to it and those half way to the next, nan included."""
+    upper = torch.arange(2**16)[:, None] << 16
+    lower = torch.tensor([0, 1, 0x1000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (upper + lower).flatten().to(torch.uint32).view(torch.float32).to(DEVICE)
+    y = torch.empty_like(x, dtype=dtype)
+    block = 2**14
+    _cast_kernel[(x.numel() // block,)](x, y, BLOCK=block)
+    expected = x.to(dtype)
+    number = ~x.isnan()
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y.view(torch.int16)[number], expected.view(torch.int16)[number])
