@@ -4,10 +4,10 @@ Shapes are written as space-separated symbols, `"B T HK D_QK"`. A symbol takes i
 first tensor that carries it, and every later tensor must agree.
 """
 
-import math
 import os
 from collections.abc import Mapping
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ Sizes = dict[str, int]
 _KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = (*_KERNEL_FLOATS, torch.float64)
 _MAX_TOKENS = 2**30  # positions and windows add up inside int32
+_INTEGERS: tuple[Any, ...] = (Integral, torch.SymInt)
+_MAX_SCALE = 2.0**127  # to base 2 it is finite in fp32 still
+
+Window = TypeVar("Window", int, int | None)
 
 
 def attention(
@@ -43,6 +47,7 @@ def attention(
     _alike(q=q, k=k, v=v)
     _same_device(q=q, sinks=sinks)
     _floating("sinks", sinks)
+    _causal(causal)
     _window(window_size, causal)
     _scale(scale)
     if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
@@ -74,6 +79,7 @@ def latent_attention(
         _shape("q_rope", q_rope, "B T H D_ROPE", sizes)
         _shape("k_rope", k_rope, "B T D_ROPE", sizes)
     _alike(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
+    _causal(causal)
     _window(window_size, causal)
     _scale(scale)
     _cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], v.device)
@@ -132,8 +138,11 @@ def genetic_attention(
         if sizes["D"] % 2:
             raise ValueError(f"rope: expected an even width D to rotate, got D={sizes['D']}")
         sizes["D/2"] = sizes["D"] // 2
+        if len(rope) != 2:
+            raise ValueError(f"rope: expected a pair (cos, sin), got {len(rope)} tables")
         for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
             _shape(name, table, "T D/2", sizes)
+            _floating(name, table)
             _same_device(**{"g": g, name: table})
 
 
@@ -188,6 +197,13 @@ def latent_decode(
     _scale(scale)
 
 
+def bounded(window_size: Window) -> Window:
+    """A window that `_window` accepts as a plain number that no op overflows; it sees the same."""
+    if window_size is None or isinstance(window_size, torch.SymInt):
+        return window_size
+    return min(int(window_size), _MAX_TOKENS)
+
+
 def implementation(
     impl: str, inputs: Mapping[str, Tensor | None], widest: int = 256
 ) -> Literal["eager", "triton"]:
@@ -229,6 +245,7 @@ def _interpreting() -> bool:
 def _shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
     """Match x against its symbols, learning the sizes of those not seen before."""
     names = symbols.split()
+    _tensor(name, x)
     known = [sizes.get(symbol) for symbol in names]
     if x.dim() != len(names) or any(
         size is not None and size != actual for size, actual in zip(known, x.shape, strict=True)
@@ -280,10 +297,15 @@ def _same_device(**tensors: Tensor | None) -> None:
             )
 
 
+def _causal(causal: bool) -> None:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {causal!r}")
+
+
 def _window(window_size: int | None, causal: bool) -> None:
     if window_size is None:
         return
-    if isinstance(window_size, bool) or not isinstance(window_size, int | torch.SymInt):
+    if isinstance(window_size, bool) or not isinstance(window_size, _INTEGERS):
         raise TypeError(f"window_size: expected an integer or None, got {window_size!r}")
     if window_size < 1:
         raise ValueError(
@@ -297,9 +319,9 @@ def _scale(scale: float | None) -> None:
     if scale is None:
         return
     if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
-        raise TypeError(f"scale: expected a number or None, got {scale!r}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+        raise TypeError(f"scale: expected a float or None, got {scale!r}")
+    if not 0 < scale <= _MAX_SCALE:
+        raise ValueError(f"scale: expected a finite number > 0, at most 2**127, got {scale}")
 
 
 def _rope_pair(q_name: str, q_rope: Tensor | None, k_name: str, k_rope: Tensor | None) -> None:
@@ -338,7 +360,13 @@ def _cache_lengths(cache_lengths: Tensor, sizes: Sizes, device: torch.device) ->
             )
 
 
+def _tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def _offsets_form(name: str, x: Tensor, device: torch.device) -> None:
+    _tensor(name, x)
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: expected torch.int32, got {x.dtype}")
     if x.device != device:

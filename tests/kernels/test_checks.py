@@ -56,12 +56,40 @@ REFUSALS = [
      "window_size: expected an integer or None, got 2.5"),
     (lambda: kernels.attention(Q, K, K, window_size=True), TypeError,
      "window_size: expected an integer or None, got True"),
+    (lambda: kernels.attention(Q, K, K, window_size=torch.tensor(3)), TypeError,
+     "window_size: expected an integer or None, got tensor(3)"),
+    (lambda: kernels.attention(Q, K, K, window_size=-(10**30)), ValueError,
+     "window_size: expected >= 1 (it counts the token itself), got -1000000000000000"),
+    (lambda: kernels.attention(Q, K, K, causal=None), TypeError,
+     "causal: expected a bool, got None"),
+    (lambda: kernels.attention(Q, K, K, scale=torch.tensor(0.5)), TypeError,
+     "scale: expected a float or None, got tensor(0.5000)"),
+    (lambda: kernels.attention(Q, K, K, scale=True), TypeError,
+     "scale: expected a float or None, got True"),
+    (lambda: kernels.attention(Q, K, K, scale=float("inf")), ValueError,
+     "scale: expected a finite number > 0, at most 2**127, got inf"),
+    (lambda: kernels.attention(Q, K, K, scale=10**400), ValueError,
+     "scale: expected a finite number > 0, at most 2**127, got 1000000000000000000"),
+    (lambda: kernels.attention(Q, K, K, scale=-0.5), ValueError,
+     "scale: expected a finite number > 0, at most 2**127, got -0.5"),
+    (lambda: kernels.attention([1.0], K, K), TypeError,
+     "q: expected a tensor, got list"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=[0, 5]), TypeError,
+     "cu_seqlens: expected a tensor, got list"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 5)[None]), ValueError,
+     "cu_seqlens: expected [N+1] with N >= 1, got [1, 2]"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints()), ValueError,
+     "cu_seqlens: expected [N+1] with N >= 1, got [0]"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(1, 5)), ValueError,
+     "cu_seqlens: expected non-decreasing offsets from 0 to T=5, got [1, 5]"),
+    (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 5, 6)), ValueError,
+     "cu_seqlens: expected non-decreasing offsets from 0 to T=5, got [0, 5, 6]"),
     (lambda: kernels.attention(Q, K, K, window_size=3, causal=False), ValueError,
      "window_size: expected None when causal=False, got 3"),
     (lambda: kernels.attention(Q, K, K, scale=float("nan")), ValueError,
-     "scale: expected a finite number > 0, got nan"),
+     "scale: expected a finite number > 0, at most 2**127, got nan"),
     (lambda: kernels.attention(Q, K, K, scale="1"), TypeError,
-     "scale: expected a number or None, got '1'"),
+     "scale: expected a float or None, got '1'"),
     (lambda: kernels.attention(Q, K, K, sinks=z(3)), ValueError,
      "sinks: expected [HQ=9], got [3]"),
     (lambda: kernels.attention(Q, K, K, sinks=ints(*range(9))), TypeError,
@@ -81,7 +109,7 @@ REFUSALS = [
     (lambda: kernels.attention(ONE, ONE, ONE, cu_seqlens=ints(0, 5).to("meta")), ValueError,
      "cu_seqlens: expected device cpu, got meta"),
     (lambda: kernels.attention(Q, K, K, scale=0.0), ValueError,
-     "scale: expected a finite number > 0, got 0.0"),
+     "scale: expected a finite number > 0, at most 2**127, got 0.0"),
     (lambda: kernels.attention(Q.double(), K.double(), K.double(), impl="triton"), TypeError,
      "q: expected one of (torch.float16, torch.bfloat16, torch.float32) for Triton, got "
      "torch.float64"),
@@ -116,6 +144,11 @@ REFUSALS = [
     (lambda: kernels.genetic_attention(
         G[..., :5], G[..., :5], G, PRESSURE, window_size=2, rope=ROPE), ValueError,
      "rope: expected an even width D to rotate, got D=5"),
+    (lambda: kernels.genetic_attention(G, G, G, PRESSURE, window_size=2, rope=ROPE + ROPE),
+     ValueError, "rope: expected a pair (cos, sin), got 4 tables"),
+    (lambda: kernels.genetic_attention(
+        G, G, G, PRESSURE, window_size=2, rope=(ROPE[0].int(), ROPE[1])), TypeError,
+     "rope cos: expected a floating type"),
     (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(3)), ValueError,
      "cache_lengths: expected [B=2], got [1]"),
     (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(-1, 6)), ValueError,
@@ -163,6 +196,15 @@ REFUSALS = [
 def test_refusal(call, error, text):
     with pytest.raises(error, match=re.escape(text)):
         call()
+
+
+def test_a_window_may_be_numpys():
+    import numpy
+
+    expected = kernels.attention(ONE, ONE, ONE + 1, window_size=2)
+    for impl in ("eager", "triton"):
+        o = kernels.attention(ONE, ONE, ONE + 1, window_size=numpy.int64(2), impl=impl)
+        torch.testing.assert_close(o, expected)
 
 
 def test_triton_on_a_cpu_without_the_interpreter(monkeypatch):
