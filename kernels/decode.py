@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, reference
+from kernels.autocast import without_autocast
 
 
 @torch.library.custom_op("smollm_attention::decode", mutates_args=())
@@ -34,6 +35,7 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], values.shape[-1])
 
 
+@without_autocast
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -49,7 +51,8 @@ def attention_decode(
 
     The cache is a ring: the token at position p stands at row p % S, so of a sequence longer
     than S its last S tokens are there. The token at position p sees positions s with
-    max(0, p - window_size + 1) <= s <= p, of those in the cache.
+    max(0, p - window_size + 1) <= s <= p, of those in the cache. Rows that no query sees may hold
+    anything, nan as well.
 
     Args:
         q: [B, HQ, D_QK], the newest token of each sequence, or [B, Tq, HQ, D_QK], its newest Tq,
@@ -76,6 +79,7 @@ def attention_decode(
     checks.attention_decode(
         q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
     )
+    window_size = checks.bounded(window_size)
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     if checks.implementation(impl, inputs) == "triton":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -90,6 +94,7 @@ def attention_decode(
     )
 
 
+@without_autocast
 def latent_decode(
     q_latent: Tensor,
     q_rope: Tensor | None,
@@ -136,6 +141,7 @@ def latent_decode(
         window_size=window_size,
         scale=scale,
     )
+    window_size = checks.bounded(window_size)
     inputs = {
         "q_latent": q_latent,
         "q_rope": q_rope,

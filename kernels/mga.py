@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import checks, reference
 from kernels.attention import core_backward, core_forward
+from kernels.autocast import without_autocast
 from kernels.core.problem import Genes, Problem
 from kernels.reference import closed_form_fitness
 
@@ -113,6 +114,7 @@ def _selection(genes: Genes, v: Tensor) -> Problem:
     return Problem(q, k, v, cu_seqlens=genes.cu_seqlens, window_size=genes.window_size)
 
 
+@without_autocast
 def gene_fitness(
     g: Tensor,
     e: Tensor | None = None,
@@ -152,6 +154,7 @@ def gene_fitness(
     checks.gene_fitness(
         g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
     )
+    window_size = checks.bounded(window_size)
     if checks.implementation(impl, {"g": g, "e": e}) == "triton":
         genes = Genes(g, e, None, None, None, cu_seqlens, window_size, environment)
         gamma: Tensor = _FitnessFunction.apply(*genes)  # type: ignore[no-untyped-call]
@@ -161,6 +164,7 @@ def gene_fitness(
     )
 
 
+@without_autocast
 def genetic_attention(
     g: Tensor,
     e: Tensor | None,
@@ -188,7 +192,7 @@ def genetic_attention(
         selection_pressure: kappa [H], positive.
         window_size: tokens in a full window, the token itself included. Required.
         environment: "query" (default), "kin" or "none".
-        rope: (cos, sin), each [T, D/2] fp32, or None (default).
+        rope: (cos, sin), each [T, D/2] fp32, or None (default); no gradient reaches them.
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default None.
         impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
             widths and strides that Triton takes are those of `attention`.
@@ -210,6 +214,7 @@ def genetic_attention(
         rope=rope,
         cu_seqlens=cu_seqlens,
     )
+    window_size = checks.bounded(window_size)
     if checks.implementation(impl, {"g": g, "e": e, "v": v}) == "triton":
         cos, sin = (None, None) if rope is None else rope
         genes = Genes(g, e, selection_pressure, cos, sin, cu_seqlens, window_size, environment)

@@ -4,9 +4,11 @@ from torch import Tensor
 
 from kernels import checks, reference
 from kernels.attention import fused_attention
+from kernels.autocast import without_autocast
 from kernels.core.problem import Problem
 
 
+@without_autocast
 def latent_attention(
     q_nope: Tensor,
     q_rope: Tensor | None,
@@ -54,6 +56,7 @@ def latent_attention(
         scale=scale,
         cu_seqlens=cu_seqlens,
     )
+    window_size = checks.bounded(window_size)
     inputs = {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v}
     if checks.implementation(impl, inputs) == "triton":
         if scale is None:

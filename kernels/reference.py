@@ -1,14 +1,19 @@
 """The eager oracle of every op: a few obvious lines each, in whatever type the inputs have.
 
-`visible` is the one definition of who sees whom. Matrix products run in the input type and
-softmaxes in fp32 (fp64 for fp64 inputs), so that on rounded inputs these are the twins that the
-fused kernels are measured against, and in fp64 the truth. Everything here is quadratic in T.
+`visible` is the one definition of who sees whom. Scores, softmaxes and sums are in fp32 (fp64 for
+fp64 inputs), and weights are rounded to the values' type before they meet, as in the fused kernels:
+on rounded inputs these are the twins that those are measured against, and in fp64 the truth.
+Everything here is quadratic in T.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from torch import Tensor
+
+from kernels.autocast import no_autocast, without_autocast
 
 
 def visible(
@@ -49,6 +54,7 @@ def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
 
 
+@without_autocast
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, halves rotated as in Llama: (x1 cos - x2 sin, x2 cos + x1 sin).
 
@@ -91,7 +97,7 @@ def attention(
         q_sequence=sequence,
         k_sequence=sequence,
     )
-    return _attend(q, k, v, seen, scale, sinks)
+    return _attend(q, k, v, seen[None], scale, sinks)
 
 
 def attention_decode(
@@ -119,7 +125,7 @@ def attention_decode(
     q_pos = cache_lengths[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)
     k_pos = ring_positions(cache_lengths, k_cache.shape[1])
     seen = visible(q_pos, k_pos, window_size=window_size) & (k_pos >= 0)[:, None]  # [B, Tq, S]
-    o, _ = _attend(q, k_cache, v_cache, seen[:, None], scale, sinks)
+    o, _ = _attend(q, k_cache, v_cache, seen, scale, sinks)
     return o
 
 
@@ -189,6 +195,7 @@ def latent_decode(
     )
 
 
+@without_autocast
 def closed_form_fitness(
     expression: Tensor, g: Tensor, e: Tensor | None = None, *, environment: str = "query"
 ) -> Tensor:
@@ -226,7 +233,8 @@ def gene_fitness(
     )
     genes = g.to(_accumulator(g))
     share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True)  # 1/n_i on the window
-    expression = einsum(share, torch.sigmoid(genes), "i j, b j h d -> b i h d")
+    total = _product(share, rearrange(torch.sigmoid(genes), "b j h d -> j (b h d)"))
+    expression = total.reshape(genes.transpose(0, 1).shape).transpose(0, 1)
     return closed_form_fitness(expression, g, e, environment=environment)
 
 
@@ -248,43 +256,71 @@ def genetic_attention(
     q = gamma * selection_pressure[:, None] * g.shape[-1] ** 0.5
     k = torch.sigmoid(g.to(gamma.dtype))
     if rope is not None:
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        cos, sin = (table.detach() for table in rope)  # constants, as to the kernels
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     q, k = q.to(g.dtype), k.to(g.dtype)
     o, _ = attention(q, k, v, window_size=window_size, scale=1.0, cu_seqlens=cu_seqlens)
     return o
+
+
+class _Product(torch.autograd.Function):
+    """a @ b of equal batches, in their own type whatever autocast says, in the backward too."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with no_autocast(a.device.type):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        da = _product(d, b.mT) if ctx.needs_input_grad[0] else None
+        return da, _product(a.mT, d) if ctx.needs_input_grad[1] else None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    product: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return product
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seen: Tensor,  # boolean, broadcasts to [B, HQ, Tq, Tk]
+    seen: Tensor,  # boolean [B or 1, Tq, Tk]
     scale: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the seen keys, and its lse [B, Tq, HQ]."""
-    heads = q.shape[2]
-    k = repeat(k, "b t h d -> b t (h g) d", g=heads // k.shape[2])
-    v = repeat(v, "b t h d -> b t (h g) d", g=heads // v.shape[2])
-    scores = einsum(q, k, "b i h d, b j h d -> b h i j").to(_accumulator(q))
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, column), dim=-1)
+    heads, accumulator = q.shape[2], _accumulator(q)
+    unseen = ~seen.any(dim=1)[..., None, None]  # by every query; 0 * nan would reach the output
+    k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
+    q = rearrange(q, "b i h d -> b h i d").to(accumulator)
+    k = repeat(k, "b j h d -> b (h g) d j", g=heads // max(1, k.shape[2])).to(accumulator)
+    v = repeat(v, "b j h d -> b (h g) j d", g=heads // max(1, v.shape[2]))
+    scores = _product(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
 
     # A row that sees nothing must give zeros and finite gradients, so its pivot stays finite
     # and its total is replaced before the logarithm.
-    lowest = torch.finfo(scores.dtype).min
-    pivot = scores.detach().amax(dim=-1, keepdim=True).clamp(min=lowest)
+    pivot = scores.new_full((*scores.shape[:-1], 1), torch.finfo(accumulator).min)
+    if scores.shape[-1]:
+        pivot = torch.maximum(pivot, scores.detach().amax(dim=-1, keepdim=True))
+    if sinks is not None:
+        sinks = sinks.to(accumulator)[:, None, None]  # a key of no value that every query sees
+        pivot = torch.maximum(pivot, sinks.detach())
     weights = torch.exp(scores - pivot)
     total = weights.sum(dim=-1, keepdim=True)
-    sees_any = total > 0
+    if sinks is not None:
+        total = total + torch.exp(sinks - pivot)
+    sees_any = total != 0
     total = torch.where(sees_any, total, 1.0)
     lse = torch.where(sees_any, pivot + torch.log(total), float("-inf"))
-    weights = (weights / total)[..., : k.shape[1]].to(v.dtype)
-    o = einsum(weights, v, "b h i j, b j h d -> b i h d")
-    return o, rearrange(lse, "b h i 1 -> b i h")
+    weights, unit = weights / total, total.detach()  # a row's largest weight, times that, is 1
+    weights = (weights * unit).to(v.dtype).to(accumulator) / unit  # so that it is never rounded
+    o = _product(weights, v.to(accumulator))
+    return rearrange(o, "b h i d -> b i h d").to(v.dtype), rearrange(lse, "b h i 1 -> b i h")
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

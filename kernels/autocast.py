@@ -1,0 +1,33 @@
+"""Ops compute in the types of their tensors, whether autocast is on or not."""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def no_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which nothing on this type of device is cast."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def without_autocast(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The op as it is outside autocast."""
+
+    @functools.wraps(op)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor):
+                with no_autocast(x.device.type):
+                    return op(*args, **kwargs)
+        return op(*args, **kwargs)
+
+    return run
