@@ -159,10 +159,7 @@ def _key_gradients(
         dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
         dweights = inner_products(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
         delta = load_vector(delta_ptr, start, q_tokens, BLOCK_M, MASKED)
-        dscores = score_gradient(weights, dweights, delta[None, :])
-        if MASKED:  # keys that nobody sees may hold nan
-            dscores = tl.where(seen, dscores, 0.0)
-        dk = accumulate(dscores, q, dk, PRECISION)
+        dk = accumulate(score_gradient(weights, dweights, delta[None, :]), q, dk, PRECISION)
     return dk, dv
 
 
@@ -280,6 +277,8 @@ def launch_backward(
         dk_rope_ptr=shares,
         **tile.options,
     )
+    unseen = max(0, arguments["shift"] - arguments["behind"])  # first keys, whose v may be nan
+    dk[:, :unseen].zero_()
     if k_rope is not None:
         dk_rope.copy_(shares.sum(2))
     return dq, dk, dv, dq_rope, dk_rope, delta, excess
