@@ -192,8 +192,8 @@ def accumulate(weights, rows, accumulator, PRECISION: tl.constexpr):
     """accumulator + weights rows, for as many tiles as the accumulator has."""
     weights = cast(weights, rows[0].dtype)
     total = ()
-    for part in tl.static_range(len(accumulator)):
-        total = total + (dot(weights, rows[part], accumulator[part], PRECISION),)
+    for part in tl.static_range(len(accumulator) - 1, -1, -1):  # Triton lays out all as the last
+        total = (dot(weights, rows[part], accumulator[part], PRECISION),) + total
     return total
 
 

@@ -99,13 +99,13 @@ def add_seen(sums, seen, rows):
     """sums + seen rows: products with 0 and 1 of parts that lose no bit of the rows."""
     seen = seen.to(tl.float32).to(tl.bfloat16)  # the interpreter knows no shorter way
     result = ()
-    for part in tl.static_range(len(rows)):
+    for part in tl.static_range(len(rows) - 1, -1, -1):  # as in `accumulate`
         total, rest = sums[part], rows[part]
         for _ in tl.static_range(BITS):
             piece = rest.to(tl.bfloat16)
             total = dot(seen, piece, total, "ieee")
             rest -= piece.to(tl.float32)
-        result = result + (total,)
+        result = (total,) + result
     return result
 
 
