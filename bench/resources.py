@@ -3,7 +3,8 @@
 `python -m bench.resources [--arch 90 100] [--width 64 64+32] [--packed] [--json FILE]` compiles
 ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills, has its
 matrix instructions serialised, needs more shared memory than the architecture has, or misses wgmma
-on sm_90.
+on sm_90. `--width every` takes, beside the widths of models, one of each padded width that
+`kernels.checks` accepts, and a ragged one that it pads; that is an hour for each type.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -31,6 +33,7 @@ from kernels.core.backward import launch_backward
 from kernels.core.decode import launch_decode
 from kernels.core.fitness import launch_fitness, launch_fitness_backward
 from kernels.core.forward import launch_forward
+from kernels.core.primitives import padded_width
 from kernels.core.problem import Genes, Problem
 
 
@@ -50,13 +53,24 @@ MULTIPROCESSORS = {
     100: Multiprocessor(227 << 10, 228 << 10, 2048),
     120: Multiprocessor(99 << 10, 100 << 10, 1536),
 }
-# 64 keys, the fewest of a wgmma, have two accumulators of 64 x 256 that leave no register over.
-WITHOUT_WGMMA = {("dkdv", "256"), ("dkdv", "128+64")}
 INPUTS = ("g_ptr", "q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
-WIDTHS = (64, 0), (96, 0), (128, 0), (256, 0)  # of keys and values, and of keys' rotary part
-MLA_WIDTHS = (64, 32), (128, 64)
-LATENT_WIDTHS = (144, 32), (288, 32), (432, 32), (512, 64)
+SERIALISED = "(C7510)", "(C7511)", "(C7512)"  # ptxas on wgmma
+Widths = tuple[tuple[int, int], ...]  # of keys and values, and of keys' rotary part
+
+
+def _each_shape(low: int, high: int, rope: int) -> Widths:
+    """The widths of low to high that padding leaves alone, and ragged ones of as many columns."""
+    padded = sorted({padded_width(d) for d in range(low, high + 1)})
+    return tuple((d - cut, max(0, rope - cut)) for d in padded for cut in (0, 2))
+
+
+WIDTHS: Widths = (64, 0), (96, 0), (128, 0), (256, 0)
+MLA_WIDTHS: Widths = (64, 32), (128, 64)
+LATENT_WIDTHS: Widths = (144, 32), (288, 32), (432, 32), (512, 64)
+EVERY_WIDTH: Widths = _each_shape(1, 256, rope=0)
+EVERY_MLA_WIDTH: Widths = (64, 16), (16, 64), (62, 30), (126, 62), (176, 64), (192, 64), (190, 62)
+EVERY_LATENT_WIDTH: Widths = _each_shape(257, 512, rope=64)
 
 
 @dataclass(frozen=True)
@@ -84,15 +98,22 @@ class Row:
         faults = []
         if self.spill_bytes:
             faults.append(f"spills {self.spill_bytes} bytes")
-        if any("C7510" in line or "C7511" in line for line in self.warnings):
+        if any(code in line for line in self.warnings for code in SERIALISED):
             faults.append("wgmma serialised")
         if self.shared_bytes > MULTIPROCESSORS[self.arch].block_shared:
             faults.append("too much shared memory")
-        expected = self.dtype != "float32" and self.kernel in ("forward", "dq", "dkdv")
-        exempt = (self.kernel, self.width) in WITHOUT_WGMMA
-        if self.arch == 90 and expected and not (self.instructions["HGMMA"] or exempt):
+        if self.arch == 90 and self._suits_wgmma and not self.instructions["HGMMA"]:
             faults.append("no wgmma")
         return faults
+
+    @property
+    def _suits_wgmma(self) -> bool:
+        widths = [int(d) for d in self.width.split("+")]
+        if self.dtype == "float32" or any(d % 16 for d in widths):  # tiles.PLAIN
+            return False
+        # 64 keys, the fewest of a wgmma, have two accumulators that at 256 leave no register over.
+        narrow = self.kernel == "dkdv" and sum(map(padded_width, widths)) <= 128
+        return narrow or self.kernel in ("forward", "dq")
 
 
 class _Target:
@@ -200,11 +221,11 @@ def compiled_rows(
 ) -> list[Row]:
     """The rows of every kernel that serves these widths; decode's sequences are never packed."""
     rows = []
-    if (width, rope) in WIDTHS + MLA_WIDTHS:
+    if rope == 0 or (width, rope) in MLA_WIDTHS + EVERY_MLA_WIDTH:
         rows += attention_rows(arch, width, dtype, rope, packed)
-    if (width, rope) in WIDTHS + LATENT_WIDTHS and not packed:
+    if (rope == 0 or (width, rope) in LATENT_WIDTHS + EVERY_LATENT_WIDTH) and not packed:
         rows += decode_rows(arch, width, dtype, rope)
-    if (width, rope) in WIDTHS:
+    if rope == 0:
         rows += fitness_rows(arch, width, dtype, packed)
     return rows
 
@@ -272,28 +293,52 @@ def report(rows: Sequence[Row]) -> str:
     )
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """The compilers, and a line each width: tile, registers and faults of its kernels."""
+    lines = [f"triton {triton.__version__}"]
+    for arch in sorted({row.arch for row in rows}):
+        lines.append(f"\nsm_{arch}, ptxas {get_ptxas(arch).version}: MxN/warps/stages registers")
+        table: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            if row.arch == arch:
+                tile = f"{row.block_m}x{row.block_n}/{row.num_warps}/{row.num_stages}"
+                cell = " ".join([row.kernel, tile, str(row.registers), *row.faults])
+                table.setdefault((row.dtype, row.width), []).append(cell)
+        lines += [f"{dtype} {width}: {'; '.join(cells)}" for (dtype, width), cells in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _by_name(widths: Widths) -> dict[str, tuple[int, int]]:
+    return {f"{width}+{rope}" if rope else f"{width}": (width, rope) for width, rope in widths}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
     known = sorted(MULTIPROCESSORS)
-    widths = {f"{w}+{r}" if r else f"{w}": (w, r) for w, r in WIDTHS + MLA_WIDTHS + LATENT_WIDTHS}
+    models = _by_name(WIDTHS + MLA_WIDTHS + LATENT_WIDTHS)
+    every = models | _by_name(EVERY_WIDTH + EVERY_MLA_WIDTH + EVERY_LATENT_WIDTH)
     parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
-    parser.add_argument("--width", nargs="+", choices=widths, default=list(widths))
+    parser.add_argument("--width", nargs="+", choices=[*every, "every"], default=list(models))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--packed", action="store_true", help="the launches of packed sequences")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--summary", type=Path, help="and here a line each width")
     arguments = parser.parse_args(argv)
+    names = every if "every" in arguments.width else arguments.width
     rows = [
         row
         for arch in arguments.arch
         for dtype in arguments.dtype
-        for width in arguments.width
-        for row in compiled_rows(arch, getattr(torch, dtype), *widths[width], arguments.packed)
+        for name in names
+        for row in compiled_rows(arch, getattr(torch, dtype), *every[name], arguments.packed)
     ]
     print(report(rows))
     if arguments.json:
         about = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(about, indent=1))
+    if arguments.summary:
+        arguments.summary.write_text(summary(rows))
     return 1 if any(row.faults for row in rows) else 0
 
 

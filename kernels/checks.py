@@ -21,6 +21,7 @@ _FLOATS = (*_KERNEL_FLOATS, torch.float64)
 _MAX_TOKENS = 2**30  # positions and windows add up inside int32
 _INTEGERS: tuple[Any, ...] = (Integral, torch.SymInt)
 _MAX_SCALE = 2.0**127  # to base 2 it is finite in fp32 still
+_JOINT_COLUMNS = {256: 256, 512: 576}  # of queries and their rotary part, by the widest without
 
 Window = TypeVar("Window", int, int | None)
 
@@ -234,7 +235,21 @@ def implementation(
             raise ValueError(
                 f"{name}: expected at most {_MAX_TOKENS} tokens for Triton, got {x.shape[1]}"
             )
+    if "q_rope" in given:
+        _joint_width(*next(iter(given.items())), given["q_rope"], _JOINT_COLUMNS[widest])
     return "triton"
+
+
+def _joint_width(name: str, q: Tensor, q_rope: Tensor, most: int) -> None:
+    """Queries and their rotary part share a tile, each padded to the columns it takes."""
+    from kernels.core.primitives import padded_width
+
+    columns, rope_columns = (padded_width(int(x.shape[-1])) for x in (q, q_rope))
+    if columns + rope_columns > most:
+        raise ValueError(
+            f"q_rope: expected at most {most} columns of tiles with {name} for Triton, got "
+            f"{columns} + {rope_columns} for widths {q.shape[-1]} + {q_rope.shape[-1]}"
+        )
 
 
 def _interpreting() -> bool:

@@ -160,6 +160,9 @@ def launch_decode(
 
     q = by_key_head(q)
     arguments = {
+        "q_ptr": q,
+        "k_ptr": k_cache,
+        "v_ptr": values,
         "D_QK": d_qk,
         "D_V": d_v,
         **rope_arguments(q, k_cache, None if q_rope is None else by_key_head(q_rope), rope_cache),
@@ -176,9 +179,6 @@ def launch_decode(
     launch(
         decode_kernel,
         programs * splits,
-        q_ptr=q,
-        k_ptr=k_cache,
-        v_ptr=values,
         o_ptr=partial,
         lse_ptr=lse,
         sinks_ptr=sinks,

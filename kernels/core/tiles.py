@@ -1,7 +1,7 @@
 """Launch shapes: a frozen table, chosen with `python -m bench.resources`."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,12 +114,13 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         "fitness": FITNESS,
     },
 }
-SINGLE_PRECISION: Table = {
-    "forward": roomy({64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
+# Of fp32, and of ragged rows, whose elements are read one by one and take a register each.
+PLAIN: Table = {
+    "forward": roomy({64: Tile(32, 32, 8, 1), 144: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}),
     "dq": roomy({64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
-    "dkdv": roomy({64: Tile(16, 16, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
+    "dkdv": roomy({64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
-    "fitness": FITNESS,
+    "fitness": roomy({256: Tile(16, 16, 8, 1)}),
 }
 INTERPRETER: dict[Direction, Tile] = {
     "forward": Tile(64, 32, 4, 1),
@@ -130,19 +131,34 @@ INTERPRETER: dict[Direction, Tile] = {
 }
 
 
-def tile_width(arguments: dict[str, Any]) -> int:
-    """Columns of the wider of the rows that are scored and of those that are summed."""
-    scored = [arguments["D_QK"], arguments["D_ROPE"]]
-    return max(sum(padded_width(d) for d in scored if d), padded_width(arguments["D_V"]))
+class Width(NamedTuple):
+    """What rows ask of a tile."""
+
+    columns: int  # padded
+    ragged: bool
 
 
-def choose(direction: Direction, q: Tensor, width: int) -> Tile:
-    """The tile for queries like q and the wider of the padded widths of keys and values."""
+def tile_width(arguments: dict[str, Any]) -> Width:
+    """That of the wider of the rows that an attention kernel scores and of those that it sums."""
+    d_qk, d_rope, d_v = (arguments[name] for name in ("D_QK", "D_ROPE", "D_V"))
+    scored = padded_width(d_qk) + (padded_width(d_rope) if d_rope else 0)
+    names = [name.removesuffix("_strides") for name in arguments if name.endswith("_strides")]
+    ragged = any(is_ragged(arguments[f"{name}_ptr"]) for name in names)
+    return Width(max(scored, padded_width(d_v)), ragged)
+
+
+def is_ragged(rows: Tensor) -> bool:
+    """Whether any begins or ends beside a multiple of 16: Triton reads such rows one by one."""
+    return any(n % 16 for n in (rows.shape[-1], *rows.stride()[:-1], rows.data_ptr()))
+
+
+def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
+    """The tile for queries like q, in rows of a width that `kernels.checks` accepts."""
     if q.device.type == "cpu":
         return INTERPRETER[direction]
-    halves = q.dtype in (torch.float16, torch.bfloat16)
-    table = HALF_PRECISION[architecture(q.device)] if halves else SINGLE_PRECISION
-    return next(tile for widest, tile in table[direction].items() if width <= widest)
+    plain = q.dtype == torch.float32 or width.ragged
+    table = PLAIN if plain else HALF_PRECISION[architecture(q.device)]
+    return next(tile for widest, tile in table[direction].items() if width.columns <= widest)
 
 
 def architecture(device: torch.device) -> int:

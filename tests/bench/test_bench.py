@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import costs, resources, results
+from kernels.core.primitives import padded_width
 from kernels.reference import visible
 from tests.cases import AttentionCase, DecodeCase, GeneticCase, LatentCase
 
@@ -72,6 +73,23 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
 
 
+def test_ragged_rows_of_two_tiles_compile_within_their_registers(tmp_path):
+    """Elements read one by one and a last tile of 16 columns, which takes the most registers."""
+    file = tmp_path / "resources.json"
+    flags = ["--arch", "90", "--width", "142", "--dtype", "bfloat16", "--json", file]
+    done = python("-m", "bench.resources", *flags, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {*MULTIPLYING, "delta", "totals"}
+
+
+def test_every_padded_width_has_its_rows():
+    walked = resources.EVERY_WIDTH + resources.EVERY_LATENT_WIDTH
+    for ragged in (False, True):
+        columns = {padded_width(d) for d, _ in walked if bool(d % 16) == ragged}
+        assert columns == {padded_width(d) for d in range(1, 513)}
+
+
 def test_packed_launches_compile(tmp_path):
     """Sinks, and fitness without selection, take branches that the report's others do not."""
     file = tmp_path / "resources.json"
@@ -98,10 +116,12 @@ GOOD_ROW = resources.Row(
         ({}, None),
         ({"spill_bytes": 8}, "spills 8 bytes"),
         ({"warnings": ("ptxas info : (C7510) ...",)}, "wgmma serialised"),
+        ({"warnings": ("ptxas info : (C7512) ...",)}, "wgmma serialised"),
         ({"shared_bytes": 240_000}, "too much shared memory"),
         ({"instructions": dict.fromkeys(resources.INSTRUCTIONS, 0)}, "no wgmma"),
+        ({"instructions": dict.fromkeys(resources.INSTRUCTIONS, 0), "width": "62"}, None),
     ],
-    ids=["none", "spills", "serialised", "shared", "wgmma"],
+    ids=["none", "spills", "C7510", "C7512", "shared", "wgmma", "ragged"],
 )
 def test_a_tile_with_a_fault_fails_the_report(change, fault, monkeypatch, capsys):
     row = dataclasses.replace(GOOD_ROW, **change)

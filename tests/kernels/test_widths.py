@@ -1,0 +1,127 @@
+"""Every width that the public ops accept has a tile; the others are refused by name."""
+
+import contextlib
+import re
+from functools import cache
+
+import pytest
+import torch
+
+import kernels
+from kernels import checks
+from kernels.core import tiles
+from kernels.core.primitives import padded_width
+
+ARCHITECTURES = 80, 90, 100, 120
+DTYPES = torch.float16, torch.bfloat16, torch.float32
+ROW = torch.zeros(1, 1, 1, 1024)
+
+
+@cache
+def columns_of(widest, most_rope):
+    """The columns of every pair of a width and a rotary part that the ops' checks accept."""
+    rows = [ROW[..., :width] for width in range(widest + 2)]
+    padded = [padded_width(width) if width else 0 for width in range(widest + 2)]
+    accepted = set()
+    for width in range(1, widest + 2):
+        for rope in range(most_rope + 1):
+            inputs = {"q": rows[width], "q_rope": rows[rope] if rope else None}
+            with contextlib.suppress(ValueError):
+                checks.implementation("triton", inputs, widest)
+                accepted.add(padded[width] + padded[rope])
+    return accepted
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_accepted_width_has_a_tile(arch, monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: arch)
+    attention, latents = columns_of(256, 256), columns_of(512, 100)
+    assert max(attention) == 256 and max(latents) == 576
+    directions = dict.fromkeys(("forward", "dq", "dkdv", "fitness"), attention)
+    for direction, columns in (directions | {"decode": attention | latents}).items():
+        for dtype in DTYPES:
+            q = torch.empty(1, dtype=dtype, device="meta")
+            for width in columns:
+                for ragged in (False, True):
+                    tile = tiles.choose(direction, q, tiles.Width(width, ragged))
+                    assert tile.block_m >= 16, (direction, dtype, width)
+
+
+@pytest.mark.parametrize(
+    ("width", "rope", "served"),
+    [
+        (128, 64, True),
+        (192, 64, True),
+        (64, 128, True),
+        (128, 128, True),
+        (193, 1, False),
+        (129, 97, False),
+        (256, 1, False),
+        (1, 241, False),
+    ],
+)
+def test_joint_widths_of_training(width, rope, served):
+    part = ROW[..., :width]
+    arguments = part, ROW[..., :rope], part, ROW[0, ..., :rope], ROW[..., :8]
+    assert kernels.latent_attention(*arguments, impl="eager").shape == (1, 1, 1, 8)
+    if served:
+        assert kernels.latent_attention(*arguments, impl="triton").shape == (1, 1, 1, 8)
+        return
+    columns = f"got {padded_width(width)} + {padded_width(rope)} for widths {width} + {rope}"
+    text = f"q_rope: expected at most 256 columns of tiles with q_nope for Triton, {columns}"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        kernels.latent_attention(*arguments, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("width", "rope", "served"),
+    [(512, 64, True), (384, 128, True), (512, 65, False), (385, 65, False), (320, 257, False)],
+)
+def test_joint_widths_of_decoding(width, rope, served):
+    latent, rotary = ROW[0, ..., :width], ROW[0, ..., :rope]
+    length = torch.ones(1, dtype=torch.int32)
+
+    def decode(impl):
+        caches = latent[..., :width], rotary[..., :rope]
+        return kernels.latent_decode(latent, rotary, *caches, length, scale=1.0, impl=impl)
+
+    assert decode("eager").shape == (1, 1, width)
+    if served:
+        assert decode("triton").shape == (1, 1, width)
+        return
+    with pytest.raises(ValueError, match=r"^q_rope: expected .* with q_latent for Triton, got "):
+        decode("triton")
+
+
+PLANES = torch.zeros(2, 9, 3, 80, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ragged"),
+    [
+        (PLANES, False),
+        (PLANES[..., :64], False),
+        (PLANES[..., 16:], False),
+        (PLANES.transpose(1, 2), False),
+        (PLANES[..., :63], True),
+        (PLANES[..., 1:65], True),
+        (torch.zeros(2, 9, 3, 65)[..., :64], True),
+        (torch.zeros(2, 9, 3 * 64 + 1)[..., :-1].unflatten(-1, (3, 64)), True),
+    ],
+    ids=["whole", "first", "aligned", "heads-first", "width", "address", "stride", "row-stride"],
+)
+def test_ragged_rows(rows, ragged):
+    assert tiles.is_ragged(rows) == ragged
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_one_ragged_tensor_makes_the_launch_ragged(name):
+    shapes = {"q": PLANES[..., :64], "k": PLANES[..., :64], "v": PLANES[..., :64]}
+    rows = shapes | {name: PLANES[..., 1:65]}
+    arguments = {f"{x}_ptr": rows[x] for x in rows} | {
+        f"{x}_strides": rows[x].stride() for x in rows
+    }
+    arguments |= {"D_QK": 64, "D_ROPE": 0, "D_V": 64, "scale_log2": 1.0}
+    assert tiles.tile_width(arguments) == tiles.Width(64, ragged=True)
+    q = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    assert tiles.choose("dq", q, tiles.Width(64, ragged=True)) == tiles.PLAIN["dq"][64]
