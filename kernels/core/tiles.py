@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.core.primitives import padded_width
+from kernels.core.primitives import main_width, padded_width
 
 Direction = Literal["forward", "dq", "dkdv", "decode", "fitness"]
 
@@ -135,16 +135,17 @@ class Width(NamedTuple):
     """What rows ask of a tile."""
 
     columns: int  # padded
-    ragged: bool
+    plain: bool  # whether only `PLAIN` has one
 
 
 def tile_width(arguments: dict[str, Any]) -> Width:
     """That of the wider of the rows that an attention kernel scores and of those that it sums."""
     d_qk, d_rope, d_v = (arguments[name] for name in ("D_QK", "D_ROPE", "D_V"))
     scored = padded_width(d_qk) + (padded_width(d_rope) if d_rope else 0)
+    columns = max(scored, padded_width(d_v))
+    narrow = main_width(d_qk) < 64 < columns  # dk, as few columns as rows, sets dv's layout
     names = [name.removesuffix("_strides") for name in arguments if name.endswith("_strides")]
-    ragged = any(is_ragged(arguments[f"{name}_ptr"]) for name in names)
-    return Width(max(scored, padded_width(d_v)), ragged)
+    return Width(columns, narrow or any(is_ragged(arguments[f"{name}_ptr"]) for name in names))
 
 
 def is_ragged(rows: Tensor) -> bool:
@@ -156,7 +157,7 @@ def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     """The tile for queries like q, in rows of a width that `kernels.checks` accepts."""
     if q.device.type == "cpu":
         return INTERPRETER[direction]
-    plain = q.dtype == torch.float32 or width.ragged
+    plain = q.dtype == torch.float32 or width.plain
     table = PLAIN if plain else HALF_PRECISION[architecture(q.device)]
     return next(tile for widest, tile in table[direction].items() if width.columns <= widest)
 

@@ -42,8 +42,8 @@ def test_every_accepted_width_has_a_tile(arch, monkeypatch):
         for dtype in DTYPES:
             q = torch.empty(1, dtype=dtype, device="meta")
             for width in columns:
-                for ragged in (False, True):
-                    tile = tiles.choose(direction, q, tiles.Width(width, ragged))
+                for plain in (False, True):
+                    tile = tiles.choose(direction, q, tiles.Width(width, plain))
                     assert tile.block_m >= 16, (direction, dtype, width)
 
 
@@ -114,14 +114,25 @@ def test_ragged_rows(rows, ragged):
     assert tiles.is_ragged(rows) == ragged
 
 
+def width_of(d_qk=64, d_v=64, **rows):
+    """What `tile_width` makes of aligned rows, or of those given."""
+    rows = dict.fromkeys("qkv", PLANES[..., :64]) | rows
+    pointers = {f"{name}_ptr": x for name, x in rows.items()}
+    strides = {f"{name}_strides": x.stride() for name, x in rows.items()}
+    return tiles.tile_width(pointers | strides | {"D_QK": d_qk, "D_ROPE": 0, "D_V": d_v})
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_one_ragged_tensor_makes_the_launch_ragged(name):
-    shapes = {"q": PLANES[..., :64], "k": PLANES[..., :64], "v": PLANES[..., :64]}
-    rows = shapes | {name: PLANES[..., 1:65]}
-    arguments = {f"{x}_ptr": rows[x] for x in rows} | {
-        f"{x}_strides": rows[x].stride() for x in rows
-    }
-    arguments |= {"D_QK": 64, "D_ROPE": 0, "D_V": 64, "scale_log2": 1.0}
-    assert tiles.tile_width(arguments) == tiles.Width(64, ragged=True)
+def test_one_ragged_tensor_makes_the_launch_plain(name):
+    assert width_of() == tiles.Width(64, plain=False)
+    assert width_of(**{name: PLANES[..., 1:65]}) == tiles.Width(64, plain=True)
     q = torch.empty(1, dtype=torch.bfloat16, device="meta")
-    assert tiles.choose("dq", q, tiles.Width(64, ragged=True)) == tiles.PLAIN["dq"][64]
+    assert tiles.choose("dq", q, tiles.Width(64, plain=True)) == tiles.PLAIN["dq"][64]
+
+
+@pytest.mark.parametrize(
+    ("d_qk", "d_v", "plain"),
+    [(32, 64, False), (32, 80, True), (16, 256, True), (48, 256, True), (64, 256, False)],
+)
+def test_narrow_keys_of_wide_values_are_plain(d_qk, d_v, plain):
+    assert width_of(d_qk, d_v).plain == plain
