@@ -109,11 +109,12 @@ class Row:
     @property
     def _suits_wgmma(self) -> bool:
         widths = [int(d) for d in self.width.split("+")]
-        if self.dtype == "float32" or any(d % 16 for d in widths):  # tiles.PLAIN
-            return False
+        columns = sum(map(padded_width, widths))
+        ragged = any(d % 16 for d in widths)
+        if self.dtype == "float32" or ragged or tiles.is_narrow(widths[0], columns):
+            return False  # the tile is a plain one
         # 64 keys, the fewest of a wgmma, have two accumulators that at 256 leave no register over.
-        narrow = self.kernel == "dkdv" and sum(map(padded_width, widths)) <= 128
-        return narrow or self.kernel in ("forward", "dq")
+        return self.kernel in ("forward", "dq") or (self.kernel == "dkdv" and columns <= 128)
 
 
 class _Target:

@@ -143,9 +143,14 @@ def tile_width(arguments: dict[str, Any]) -> Width:
     d_qk, d_rope, d_v = (arguments[name] for name in ("D_QK", "D_ROPE", "D_V"))
     scored = padded_width(d_qk) + (padded_width(d_rope) if d_rope else 0)
     columns = max(scored, padded_width(d_v))
-    narrow = main_width(d_qk) < 64 < columns  # dk, as few columns as rows, sets dv's layout
     names = [name.removesuffix("_strides") for name in arguments if name.endswith("_strides")]
-    return Width(columns, narrow or any(is_ragged(arguments[f"{name}_ptr"]) for name in names))
+    ragged = any(is_ragged(arguments[f"{name}_ptr"]) for name in names)
+    return Width(columns, ragged or is_narrow(d_qk, columns))
+
+
+def is_narrow(d_qk: int, columns: int) -> bool:
+    """Whether dk, with no more columns than rows, would lay out the product of a wide dv."""
+    return bool(main_width(d_qk) < 64 < columns)
 
 
 def is_ragged(rows: Tensor) -> bool:
