@@ -122,7 +122,8 @@ def latent_decode(
         cache_lengths: int32 [B], tokens of each sequence so far, those of q included.
         window_size: rows that a query sees, its own included; None (default) is unlimited.
         scale: factor > 0 on the scores; required, since the widths here do not determine it.
-        impl: as in `attention_decode`. Triton takes latents of up to 512.
+        impl: as in `attention_decode`. Triton takes latents of up to 512, which with q_rope fill
+            at most 576 columns of tiles (512 + 64).
 
     Returns:
         [B, H, D_LATENT] or [B, Tq, H, D_LATENT] in q_latent's type.

@@ -35,7 +35,8 @@ def latent_attention(
         scale: factor > 0 on the scores. Default (D_NOPE + D_ROPE) ** -0.5.
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default None.
         impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
-            widths and strides that Triton takes are those of `attention`.
+            widths and strides that Triton takes are those of `attention`; q_nope and q_rope
+            together fill at most 256 columns of tiles (192 + 64, 128 + 128).
 
     Returns:
         [B, T, H, D_V] in the inputs' type.
