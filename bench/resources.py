@@ -110,7 +110,7 @@ class Row:
     def _suits_wgmma(self) -> bool:
         widths = [int(d) for d in self.width.split("+")]
         columns = sum(map(padded_width, widths))
-        ragged = any(d % 16 for d in widths)
+        ragged = any(d < 32 or d % 16 for d in widths)
         if self.dtype == "float32" or ragged or tiles.is_narrow(widths[0], columns):
             return False  # the tile is a plain one
         # 64 keys, the fewest of a wgmma, have two accumulators that at 256 leave no register over.

@@ -154,8 +154,12 @@ def is_narrow(d_qk: int, columns: int) -> bool:
 
 
 def is_ragged(rows: Tensor) -> bool:
-    """Whether any begins or ends beside a multiple of 16: Triton reads such rows one by one."""
-    return any(n % 16 for n in (rows.shape[-1], *rows.stride()[:-1], rows.data_ptr()))
+    """Whether any begins or ends beside a multiple of 16: Triton reads such rows one by one.
+
+    So are those of 16 columns, half of a tile.
+    """
+    width = rows.shape[-1]
+    return width < 32 or any(n % 16 for n in (width, *rows.stride()[:-1], rows.data_ptr()))
 
 
 def choose(direction: Direction, q: Tensor, width: Width) -> Tile:

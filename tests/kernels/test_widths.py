@@ -103,12 +103,25 @@ PLANES = torch.zeros(2, 9, 3, 80, dtype=torch.bfloat16)
         (PLANES[..., :64], False),
         (PLANES[..., 16:], False),
         (PLANES.transpose(1, 2), False),
+        (PLANES[..., :32], False),
+        (PLANES[..., :16], True),
         (PLANES[..., :63], True),
         (PLANES[..., 1:65], True),
         (torch.zeros(2, 9, 3, 65)[..., :64], True),
         (torch.zeros(2, 9, 3 * 64 + 1)[..., :-1].unflatten(-1, (3, 64)), True),
     ],
-    ids=["whole", "first", "aligned", "heads-first", "width", "address", "stride", "row-stride"],
+    ids=[
+        "whole",
+        "first",
+        "aligned",
+        "heads-first",
+        "32",
+        "16",
+        "width",
+        "address",
+        "stride",
+        "row-stride",
+    ],
 )
 def test_ragged_rows(rows, ragged):
     assert tiles.is_ragged(rows) == ragged
