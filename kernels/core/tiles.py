@@ -143,8 +143,8 @@ def tile_width(arguments: dict[str, Any]) -> Width:
     d_qk, d_rope, d_v = (arguments[name] for name in ("D_QK", "D_ROPE", "D_V"))
     scored = padded_width(d_qk) + (padded_width(d_rope) if d_rope else 0)
     columns = max(scored, padded_width(d_v))
-    names = [name.removesuffix("_strides") for name in arguments if name.endswith("_strides")]
-    ragged = any(is_ragged(arguments[f"{name}_ptr"]) for name in names)
+    rows = [x for x in arguments.values() if isinstance(x, Tensor) and x.dim() == 4]
+    ragged = any(is_ragged(x) for x in rows)
     return Width(columns, ragged or is_narrow(d_qk, columns))
 
 
