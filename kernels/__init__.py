@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from kernels.attention import attention
+from kernels.checks import check_cu_seqlens
 from kernels.decode import attention_decode, latent_decode
 from kernels.mga import closed_form_fitness, gene_fitness, genetic_attention
 from kernels.mla import latent_attention
@@ -11,6 +12,7 @@ from kernels.reference import ring_positions, rotate
 __all__ = [
     "attention",
     "attention_decode",
+    "check_cu_seqlens",
     "closed_form_fitness",
     "gene_fitness",
     "genetic_attention",

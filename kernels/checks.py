@@ -55,7 +55,7 @@ def attention(
         raise ValueError(
             f"cu_seqlens: expected as many queries as keys, got Tq={sizes['Tq']}, Tk={sizes['Tk']}"
         )
-    _cu_seqlens(cu_seqlens, sizes["B"], sizes["Tq"], q.device)
+    check_cu_seqlens(cu_seqlens, sizes["B"], sizes["Tq"], q.device)
 
 
 def latent_attention(
@@ -83,7 +83,7 @@ def latent_attention(
     _causal(causal)
     _window(window_size, causal)
     _scale(scale)
-    _cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], v.device)
+    check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], v.device)
 
 
 def gene_fitness(
@@ -111,7 +111,7 @@ def gene_fitness(
     if window_size is None:
         raise ValueError("window_size: expected an integer >= 1 (the population), got None")
     _window(window_size, causal=True)
-    _cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], g.device)
+    check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], g.device)
 
 
 def genetic_attention(
@@ -196,6 +196,29 @@ def latent_decode(
     _cache_lengths(cache_lengths, sizes, q_latent.device)
     _window(window_size, causal=True)
     _scale(scale)
+
+
+def check_cu_seqlens(
+    cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device
+) -> None:
+    """Check the offsets of sequences packed into [batch, tokens].
+
+    Values are checked on CPU only: reading them from a GPU would stall the stream.
+    """
+    if cu_seqlens is None:
+        return
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: expected B=1 (packed sequences), got B={batch}")
+    _offsets_form("cu_seqlens", cu_seqlens, device)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected [N+1] with N >= 1, got {list(cu_seqlens.shape)}")
+    if _readable(cu_seqlens):
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] != tokens or values != sorted(values):
+            raise ValueError(
+                f"cu_seqlens: expected non-decreasing offsets from 0 to T={tokens}, "
+                f"got {_abridged(values)}"
+            )
 
 
 def bounded(window_size: Window) -> Window:
@@ -343,24 +366,6 @@ def _rope_pair(q_name: str, q_rope: Tensor | None, k_name: str, k_rope: Tensor |
     if (q_rope is None) != (k_rope is None):
         absent, present = (q_name, k_name) if q_rope is None else (k_name, q_name)
         raise ValueError(f"{absent}: expected a tensor beside {present}, got None")
-
-
-def _cu_seqlens(cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
-    """Values are checked on CPU only: reading them from a GPU would stall the stream."""
-    if cu_seqlens is None:
-        return
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: expected B=1 (packed sequences), got B={batch}")
-    _offsets_form("cu_seqlens", cu_seqlens, device)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens: expected [N+1] with N >= 1, got {list(cu_seqlens.shape)}")
-    if _readable(cu_seqlens):
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != tokens or values != sorted(values):
-            raise ValueError(
-                f"cu_seqlens: expected non-decreasing offsets from 0 to T={tokens}, "
-                f"got {_abridged(values)}"
-            )
 
 
 def _cache_lengths(cache_lengths: Tensor, sizes: Sizes, device: torch.device) -> None:

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels import check_cu_seqlens
 from smollm.attention.cache import LayerCache
 from smollm.attention.padding import packing
 from smollm.attention.rope import Rope, rotary_tables, token_positions
@@ -86,6 +87,7 @@ class Attention(nn.Module):
             packed = packing(attention_mask, x.shape[0], x.shape[1])
             if packed is not None:
                 return packed.unpack(self(packed.pack(x), cu_seqlens=packed.cu_seqlens))
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
         if rope is None:
             if cache is not None:
                 raise ValueError("rope: expected the tables of the tokens' positions, got None")

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from kernels import check_cu_seqlens
 from smollm.attention.base import NORM_EPS, Attention, Linear, initialise
 from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
@@ -282,18 +283,18 @@ class SmolLM(Generator):
             raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
         if cu_seqlens is not None and (attention_mask is not None or cache is not None):
             raise ValueError("cu_seqlens: expected None beside attention_mask or cache")
+        batch, longest = input_ids.shape
+        check_cu_seqlens(cu_seqlens, batch, longest, input_ids.device)
         if cache is not None:
             if cache.windows != [attention.window_size for attention in self.attentions]:
                 raise ValueError(
                     f"cache: expected one for {len(self.layers)} layers with this model's windows, "
                     f"got one for windows {cache.windows}"
                 )
-            if len(cache.lengths) != len(input_ids):
+            if len(cache.lengths) != batch:
                 raise ValueError(
-                    f"input_ids: expected the cache's B={len(cache.lengths)} sequences, got "
-                    f"{len(input_ids)}"
+                    f"input_ids: expected the cache's B={len(cache.lengths)} sequences, got {batch}"
                 )
-        longest = input_ids.shape[1]
         readable = _readable(input_ids)
         if cu_seqlens is not None:
             longest = int(cu_seqlens.diff().max()) if readable else 0

@@ -279,6 +279,19 @@ def test_refusal(call, error, text):
         call(model)
 
 
+@pytest.mark.parametrize("offsets", [
+    [[0, 5]], [0], [], [0, 4], [1, 5], [0, 3, 2, 5], [0, 6, 5],
+], ids=str)  # fmt: skip
+def test_offsets_that_pack_nothing_are_refused(offsets):
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    module = MODULES["mha"]()
+    for call in (build(module), lambda ids, **given: module(torch.zeros(1, 5, WIDTH), **given)):
+        with pytest.raises(ValueError, match=r"^cu_seqlens: expected .*, got "):
+            call(IDS, cu_seqlens=cu_seqlens)
+        with pytest.raises(TypeError, match=r"^cu_seqlens: expected torch\.int32, got "):
+            call(IDS, cu_seqlens=cu_seqlens.long())
+
+
 def test_packed_sequences_are_limited_one_by_one():
     model = build(MODULES["mha"](), max_seq_len=5)
     ids = torch.zeros(1, 9, dtype=torch.int64)
