@@ -123,11 +123,15 @@ GOOD_ROW = resources.Row(
     ],
     ids=["none", "spills", "C7510", "C7512", "shared", "wgmma", "ragged"],
 )
-def test_a_tile_with_a_fault_fails_the_report(change, fault, monkeypatch, capsys):
+def test_a_tile_with_a_fault_fails_the_report(change, fault, tmp_path, monkeypatch, capsys):
     row = dataclasses.replace(GOOD_ROW, **change)
     monkeypatch.setattr(resources, "compiled_rows", lambda *_: [row])
-    assert resources.main(["--arch", "90"]) == (1 if fault else 0)
+    summary = tmp_path / "summary.txt"
+    flags = ["--arch", "90", "--width", "64", "--dtype", "bfloat16", "--summary", str(summary)]
+    assert resources.main(flags) == (1 if fault else 0)
     assert (fault or "dq") in capsys.readouterr().out
+    line = f"bfloat16 {row.width}: dq 64x64/4/2 150{f' {fault}' if fault else ''}"
+    assert line in summary.read_text().splitlines()
 
 
 def test_cache_bytes_are_those_of_the_rows_that_are_seen():
