@@ -20,6 +20,7 @@ import kernels
 from bench.costs import fitness_bytes, flops
 from bench.systems import SYSTEMS
 from bench.timing import clock, flush_l2, time_training
+from kernels.core.problem import Genes
 from tests.cases import GeneticCase
 
 GPU = torch.cuda.is_available()
@@ -67,21 +68,22 @@ class Setting:
 
     def fitness(self) -> tuple[Tensor, Tensor]:
         """q and k."""
-        g, e, _, pressure = (x.detach() for x in self.genes)
-        options = None, self.case.window_size, self.case.environment
-        op = torch.ops.smollm_attention.fitness
-        q, k = op(g, e, pressure, *(self.rope or (None, None)), *options)
+        q, k = torch.ops.smollm_attention.fitness(*self._given())
         return q, k
 
     def fitness_backward(self) -> tuple[Tensor, Tensor, Tensor]:
         """dg, de and dpressure, had q and k themselves for gradients."""
-        g, e, _, pressure = (x.detach() for x in self.genes)
+        given = self._given()
         q, k, _ = (x.detach() for x in self.fit)
-        excess = torch.zeros(g.shape[0], g.shape[2], g.shape[1], device=DEVICE)
-        inputs = g, e, pressure, *(self.rope or (None, None)), None, q, k, excess
+        excess = torch.zeros(q.shape[0], q.shape[2], q.shape[1], device=DEVICE)
         op = torch.ops.smollm_attention.fitness_backward
-        dg, de, dpressure = op(*inputs, self.case.window_size, self.case.environment)
+        dg, de, dpressure = op(*given, q, k, excess)
         return dg, de, dpressure
+
+    def _given(self) -> Genes:
+        g, e, _, pressure = (x.detach() for x in self.genes)
+        cos, sin = self.rope or (None, None)
+        return Genes(g, e, pressure, cos, sin, None, self.case.window_size, self.case.environment)
 
     def system(self, name: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
         """A function of no arguments, and what it is differentiated by."""
