@@ -46,7 +46,8 @@ class MetricsLog:
 class PeakMemory:
     """Peak memory above what was in use at construction.
 
-    It counts a GPU's allocated bytes or the process's resident bytes, the latter on Linux alone.
+    It counts a GPU's allocated bytes or the process's resident bytes, the latter on Linux alone and
+    without pages of files: the first run touches most of the libraries' code.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,6 +59,7 @@ class PeakMemory:
             self._before: int | None = torch.cuda.memory_allocated(device)
         else:
             self._before = _reset_resident_peak()
+            self._file_pages = _resident("RssFile")
 
     def bytes(self) -> int | None:
         """The peak so far; None where it cannot be measured."""
@@ -65,8 +67,10 @@ class PeakMemory:
             return None
         if self._device.type == "cuda":
             return max(0, torch.cuda.max_memory_allocated(self._device) - self._before)
-        peak = _resident("VmHWM")
-        return None if peak is None else max(0, peak - self._before)
+        peak, file_pages = _resident("VmHWM"), _resident("RssFile")
+        if peak is None or file_pages is None or self._file_pages is None:
+            return None
+        return max(0, peak - self._before - (file_pages - self._file_pages))
 
 
 def _reset_resident_peak() -> int | None:
