@@ -73,14 +73,16 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
 
 
-def test_ragged_rows_of_two_tiles_compile_within_their_registers(tmp_path):
+def test_ragged_rows_of_two_tiles_compile_within_their_registers():
     """Elements read one by one and a last tile of 16 columns, which takes the most registers."""
-    file = tmp_path / "resources.json"
-    flags = ["--arch", "90", "--width", "142", "--dtype", "bfloat16", "--json", file]
-    done = python("-m", "bench.resources", *flags, TRITON_INTERPRET="0")
+    code = (
+        "import torch\n"
+        "from bench.resources import attention_rows\n"
+        "rows = attention_rows(90, 142, torch.bfloat16)\n"
+        "assert len(rows) == 4 and not any(row.faults for row in rows), rows\n"
+    )
+    done = python("-c", code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(file.read_text())["rows"]
-    assert {row["kernel"] for row in rows} == {*MULTIPLYING, "delta", "totals"}
 
 
 def test_every_padded_width_has_its_rows():
