@@ -4,7 +4,7 @@
 ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills, has its
 matrix instructions serialised, needs more shared memory than the architecture has, or misses wgmma
 on sm_90. `--width every` takes, beside the widths of models, one of each padded width that
-`kernels.checks` accepts, and a ragged one that it pads; that is an hour for each type.
+`kernels.checks` accepts, and a ragged one that it pads; leave it running.
 """
 
 import argparse
