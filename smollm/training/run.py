@@ -167,6 +167,10 @@ def _optimise(
 
 
 def _recent_loss(run: Run) -> float | None:
-    """Mean training loss of the records of the last tenth of the steps that were taken."""
-    recent = [r.loss for r in run.history if r.step > 0.9 * run.steps and math.isfinite(r.loss)]
+    """Mean training loss of the records of the last tenth of the steps, at least of the last one.
+
+    Not that of a step that was not taken.
+    """
+    taken = [r for r in run.history if math.isfinite(r.loss)]
+    recent = [r.loss for r in taken if r.step > 0.9 * run.steps] or [r.loss for r in taken[-1:]]
     return sum(recent) / len(recent) if recent else None

@@ -296,6 +296,21 @@ def test_an_interrupt_while_a_model_is_built(data_dir, tmp_path, monkeypatch, ct
     assert "GQA (interrupted)" in (tmp_path / "report.md").read_text()
 
 
+def test_an_interrupt_long_after_a_record_keeps_its_loss(data_dir, tmp_path, monkeypatch, ctrl_c):
+    rate = training.learning_rate
+    interrupted = before(rate, ctrl_c)
+    monkeypatch.setattr(
+        training,
+        "learning_rate",
+        lambda step, *rest: (interrupted if step == 15 else rate)(step, *rest),
+    )
+    flags = ["--variants=mha", "--steps=20", "--log-every=10", "--val-every=20"]
+    assert run(flags, data_dir, tmp_path) == 130
+    result = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]["mha"]
+    assert [record["step"] for record in result["history"]] == [1, 10] and result["steps"] == 15
+    assert result["train_loss"] == result["history"][-1]["loss"]
+
+
 @pytest.mark.parametrize("where", ["save_model", "write_json", "plot_loss"])
 def test_signals_wait_while_results_are_written(where, data_dir, tmp_path, monkeypatch, ctrl_c):
     home = {"save_model": training, "write_json": study, "plot_loss": report}[where]
