@@ -3,8 +3,8 @@
 `python -m bench.resources [--arch 90 100] [--width 64 64+32] [--packed] [--json FILE]` compiles
 ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills, has its
 matrix instructions serialised, needs more shared memory than the architecture has, or misses wgmma
-on sm_90. `--width every` takes, beside the widths of models, one of each padded width that
-`kernels.checks` accepts, and a ragged one that it pads; leave it running.
+on sm_90. `--width every` takes every width of rows that the kernels of attention are launched with,
+those of decode and fitness by their padded widths, even and ragged; leave it running.
 """
 
 import argparse
@@ -68,8 +68,9 @@ def _each_shape(low: int, high: int, rope: int) -> Widths:
 WIDTHS: Widths = (64, 0), (96, 0), (128, 0), (256, 0)
 MLA_WIDTHS: Widths = (64, 32), (128, 64)
 LATENT_WIDTHS: Widths = (144, 32), (288, 32), (432, 32), (512, 64)
+EVEN_WIDTHS: Widths = tuple((d, 0) for d in range(32, 257, 16))  # `even_rows` makes of 1 to 256
 EVERY_WIDTH: Widths = _each_shape(1, 256, rope=0)
-EVERY_MLA_WIDTH: Widths = (64, 16), (16, 64), (62, 30), (126, 62), (176, 64), (192, 64), (190, 62)
+EVERY_MLA_WIDTH: Widths = (64, 64), (32, 64), (128, 32), (176, 64), (192, 64)
 EVERY_LATENT_WIDTH: Widths = _each_shape(257, 512, rope=64)
 
 
@@ -221,12 +222,12 @@ def compiled_rows(
     arch: int, dtype: torch.dtype, width: int, rope: int, packed: bool = False
 ) -> list[Row]:
     """The rows of every kernel that serves these widths; decode's sequences are never packed."""
-    rows = []
-    if rope == 0 or (width, rope) in MLA_WIDTHS + EVERY_MLA_WIDTH:
+    rows, shape = [], (width, rope)
+    if shape in EVEN_WIDTHS + MLA_WIDTHS + EVERY_MLA_WIDTH:
         rows += attention_rows(arch, width, dtype, rope, packed)
-    if (rope == 0 or (width, rope) in LATENT_WIDTHS + EVERY_LATENT_WIDTH) and not packed:
+    if shape in EVERY_WIDTH + LATENT_WIDTHS + EVERY_LATENT_WIDTH and not packed:
         rows += decode_rows(arch, width, dtype, rope)
-    if rope == 0:
+    if shape in EVERY_WIDTH:
         rows += fitness_rows(arch, width, dtype, packed)
     return rows
 
@@ -318,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
     known = sorted(MULTIPROCESSORS)
     models = _by_name(WIDTHS + MLA_WIDTHS + LATENT_WIDTHS)
-    every = models | _by_name(EVERY_WIDTH + EVERY_MLA_WIDTH + EVERY_LATENT_WIDTH)
+    every = models | _by_name(EVEN_WIDTHS + EVERY_WIDTH + EVERY_MLA_WIDTH + EVERY_LATENT_WIDTH)
     parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
     parser.add_argument("--width", nargs="+", choices=[*every, "every"], default=list(models))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])

@@ -173,7 +173,8 @@ def attention(
             carries no value; -inf is none, inf and nan give nan. Default None.
         return_lse: also return the log-sum-exp of the scores. Default False.
         impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Triton
-            takes fp16, bf16 and fp32, widths up to 256, any strides with the last one 1; its
+            takes fp16, bf16 and fp32, widths up to 256, any strides with the last one 1 (rows
+            that do not begin and end at multiples of 16 elements as copies with such rows); its
             backward is deterministic.
 
     Returns:

@@ -16,7 +16,7 @@ def _random(
     if contiguous:
         return torch.randn(shape, device=device).to(dtype)
     *outer, tokens, heads, width = shape
-    x = torch.randn(*outer, heads, tokens, width + 8, device=device).to(dtype)
+    x = torch.randn(*outer, heads, tokens, width + 16, device=device).to(dtype)
     return x[..., :width].transpose(-3, -2)
 
 
@@ -175,7 +175,7 @@ class LatentCase:
         tokens, how = (self.batch, self.tokens), (dtype, device, self.contiguous)
         q_nope, q_rope = _random_parts((*tokens, self.heads), [self.nope, self.rope], *how)
         k_nope, v = _random_parts((*tokens, self.heads), [self.nope, self.v_width], *how)
-        _latent, k_rope = _random_parts(tokens, [8, self.rope], *how)
+        _latent, k_rope = _random_parts(tokens, [16, self.rope], *how)
         return {
             "q_nope": q_nope,
             "q_rope": q_rope if self.rope else None,
@@ -201,8 +201,8 @@ LATENT_CASES = [
         "packed-window", tokens=90, nope=32, rope=16, lengths=(70, 1, 0, 19), window_size=20
     ),
     LatentCase("bidirectional", tokens=40, nope=32, rope=16, causal=False),
-    LatentCase("strided", batch=2, nope=32, rope=16, contiguous=False),
-    LatentCase("strided-rope-free", nope=32, rope=0, v_width=24, contiguous=False),
+    LatentCase("strided", batch=2, nope=32, rope=32, contiguous=False),
+    LatentCase("strided-rope-free", nope=32, rope=0, v_width=48, contiguous=False),
     LatentCase("scale", nope=32, rope=16, scale=0.3),
 ]
 

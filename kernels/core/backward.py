@@ -30,7 +30,7 @@ from kernels.core.primitives import (
     zero_joint_rows,
     zero_rows,
 )
-from kernels.core.problem import Problem
+from kernels.core.problem import Problem, even_rows, without_padding
 
 DELTA_ELEMENTS = 4096  # of a tile
 
@@ -222,12 +222,14 @@ def launch_backward(
     do: Tensor,
     dlse_log2: Tensor,
     with_excess: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, delta and excess [B, HQ, Tq].
 
     lse_log2 and its gradient are [B, HQ, Tq]; the gradients of absent rotary parts are empty, and
     so is excess, what rounding makes of sum_j dS_ij = 0, unless asked for.
     """
+    inputs = problem[:5]
+    problem, o, do = problem.even, even_rows(o), even_rows(do)
     q, k, v, q_rope, k_rope = problem[:5]
     dq, dk, dv, dq_rope, dk_rope = (
         q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
@@ -281,4 +283,8 @@ def launch_backward(
     dk[:, :unseen].zero_()
     if k_rope is not None:
         dk_rope.copy_(shares.sum(2))
-    return dq, dk, dv, dq_rope, dk_rope, delta, excess
+    gradients = (
+        d if x is None else without_padding(d, x.shape[-1])
+        for d, x in zip((dq, dk, dv, dq_rope, dk_rope), inputs, strict=True)
+    )
+    return *gradients, delta, excess

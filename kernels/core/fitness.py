@@ -20,7 +20,7 @@ from kernels.core.primitives import (
     scale_rows,
     tile_partners,
 )
-from kernels.core.problem import Genes, reach_behind, sequence_bounds
+from kernels.core.problem import Genes, is_ragged, reach_behind, sequence_bounds
 from kernels.core.windows import (
     add_rows,
     express,
@@ -334,7 +334,7 @@ def _row_arguments(genes: Genes) -> tuple[int, dict[str, Any]]:
     """How many programs, and the keyword arguments that all kernels with windows have in common."""
     g, cos, sin, packed = genes.g, genes.cos, genes.sin, genes.cu_seqlens
     batches, tokens, heads, width = g.shape
-    ragged = any(tiles.is_ragged(x) for x in (g, genes.e) if x is not None)
+    ragged = any(is_ragged(x) for x in (g, genes.e) if x is not None)
     tile = tiles.choose("fitness", g, tiles.Width(padded_width(width), ragged))
     blocks = triton.cdiv(tokens, tile.block_m)
     return blocks * batches * heads, {

@@ -25,7 +25,7 @@ from kernels.core.primitives import (
     tile_partners,
     zero_rows,
 )
-from kernels.core.problem import Problem
+from kernels.core.problem import Problem, without_padding
 
 
 @triton.jit
@@ -98,6 +98,8 @@ def forward_kernel(
 
 def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """o [B, Tq, HQ, D_V] in q's type and the base-2 lse [B, HQ, Tq] in fp32."""
+    width = problem.v.shape[-1]
+    problem = problem.even
     q, sinks = problem.q, problem.sinks
     batches, q_tokens, q_heads, _ = q.shape
     o = q.new_empty(batches, q_tokens, q_heads, problem.v.shape[-1])
@@ -114,4 +116,4 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
         HAS_SINKS=sinks is not None,
         **tile.options,
     )
-    return o, lse_log2
+    return without_padding(o, width), lse_log2

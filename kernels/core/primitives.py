@@ -49,9 +49,9 @@ def at_row_vector(ptr, batch, head, heads, tokens):
 
 @triton.constexpr_function
 def padded_width(d):
-    """Columns that rows of d elements take in tiles of power-of-two widths, of 32 and of 16 up."""
+    """Columns that rows of d elements take in tiles of power-of-two widths, from 32 up."""
     main = max(32, 1 << d.bit_length() - 1)
-    return main + (max(16, 1 << (d - main - 1).bit_length()) if d > main else 0)
+    return main + (max(32, 1 << (d - main - 1).bit_length()) if d > main else 0)
 
 
 @triton.constexpr_function

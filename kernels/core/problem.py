@@ -8,6 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UNLIMITED = 2**30  # tokens; sums with a position stay inside int32
@@ -29,6 +30,13 @@ class Problem(NamedTuple):
     scale: float = 1.0
     causal: bool = True
     window_size: int | None = None
+
+    @property
+    def even(self) -> "Problem":
+        """The same with `even_rows`, the rotary parts' too; results have their columns."""
+        q_rope, k_rope = (None if x is None else even_rows(x) for x in (self.q_rope, self.k_rope))
+        q, k, v = map(even_rows, self[:3])
+        return self._replace(q=q, k=k, v=v, q_rope=q_rope, k_rope=k_rope)
 
     @property
     def kernel_arguments(self) -> dict[str, Any]:
@@ -75,6 +83,28 @@ class Genes(NamedTuple):
     cu_seqlens: Tensor | None
     window_size: int
     environment: str
+
+
+def is_ragged(rows: Tensor) -> bool:
+    """Whether any begins or ends beside a multiple of 16: Triton reads elements one by one then.
+
+    So are those of 16 columns, half of a tile.
+    """
+    width = rows.shape[-1]
+    return width < 32 or any(n % 16 for n in (width, *rows.stride()[:-1], rows.data_ptr()))
+
+
+def even_rows(x: Tensor) -> Tensor:
+    """x, or where it is ragged a copy with columns of zeros behind its own."""
+    if not is_ragged(x):
+        return x
+    width = x.shape[-1]
+    return F.pad(x, (0, max(32, -(-width // 16) * 16) - width)).contiguous()
+
+
+def without_padding(x: Tensor, width: int) -> Tensor:
+    """The first columns of even rows, contiguous."""
+    return x[..., :width].contiguous()
 
 
 def reach_behind(window_size: int | None) -> int:

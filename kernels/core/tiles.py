@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.core.primitives import main_width, padded_width
+from kernels.core.problem import is_ragged
 
 Direction = Literal["forward", "dq", "dkdv", "decode", "fitness"]
 
@@ -151,15 +152,6 @@ def tile_width(arguments: dict[str, Any]) -> Width:
 def is_narrow(d_qk: int, columns: int) -> bool:
     """Whether dk, with no more columns than rows, would lay out the product of a wide dv."""
     return bool(main_width(d_qk) < 64 < columns)
-
-
-def is_ragged(rows: Tensor) -> bool:
-    """Whether any begins or ends beside a multiple of 16: Triton reads such rows one by one.
-
-    So are those of 16 columns, half of a tile.
-    """
-    width = rows.shape[-1]
-    return width < 32 or any(n % 16 for n in (width, *rows.stride()[:-1], rows.data_ptr()))
 
 
 def choose(direction: Direction, q: Tensor, width: Width) -> Tile:

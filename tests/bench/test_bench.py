@@ -12,6 +12,7 @@ import torch
 
 from bench import costs, resources, results
 from kernels.core.primitives import padded_width
+from kernels.core.problem import even_rows
 from kernels.reference import visible
 from tests.cases import AttentionCase, DecodeCase, GeneticCase, LatentCase
 
@@ -73,19 +74,9 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
 
 
-def test_ragged_rows_of_two_tiles_compile_within_their_registers():
-    """Elements read one by one and a last tile of 16 columns, which takes the most registers."""
-    code = (
-        "import torch\n"
-        "from bench.resources import attention_rows\n"
-        "rows = attention_rows(90, 142, torch.bfloat16)\n"
-        "assert len(rows) == 4 and not any(row.faults for row in rows), rows\n"
-    )
-    done = python("-c", code, TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_every_padded_width_has_its_rows():
+    even = {int(even_rows(torch.empty(d)).numel()) for d in range(1, 257)}
+    assert even == {d for d, _ in resources.EVEN_WIDTHS}
     walked = resources.EVERY_WIDTH + resources.EVERY_LATENT_WIDTH
     for ragged in (False, True):
         columns = {padded_width(d) for d, _ in walked if bool(d % 16) == ragged}

@@ -111,7 +111,7 @@ def measured(call):
 def test_nothing_is_quadratic_and_nothing_is_copied():
     """The shared rope key, wider here than the values, meets no head by a copy of its own."""
     case = LatentCase(
-        "", tokens=192, nope=16, rope=24, v_width=16, window_size=70, contiguous=False
+        "", tokens=192, nope=32, rope=48, v_width=32, window_size=70, contiguous=False
     )
     inputs = {n: x for n, x in case.inputs(torch.float32, DEVICE).items() if x is not None}
     leaves = [x.detach().requires_grad_() for x in inputs.values()]

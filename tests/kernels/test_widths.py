@@ -11,6 +11,7 @@ import kernels
 from kernels import checks
 from kernels.core import tiles
 from kernels.core.primitives import padded_width
+from kernels.core.problem import Problem, even_rows, is_ragged, without_padding
 
 ARCHITECTURES = 80, 90, 100, 120
 DTYPES = torch.float16, torch.bfloat16, torch.float32
@@ -93,7 +94,7 @@ def test_joint_widths_of_decoding(width, rope, served):
         decode("triton")
 
 
-PLANES = torch.zeros(2, 9, 3, 80, dtype=torch.bfloat16)
+PLANES = (1 + torch.arange(2.0 * 9 * 3 * 80)).reshape(2, 9, 3, 80).bfloat16()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,34 @@ PLANES = torch.zeros(2, 9, 3, 80, dtype=torch.bfloat16)
     ],
 )
 def test_ragged_rows(rows, ragged):
-    assert tiles.is_ragged(rows) == ragged
+    assert is_ragged(rows) == ragged
+
+
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [
+        (PLANES[..., :63], 64),
+        (PLANES[..., 1:65], 64),
+        (PLANES[..., :16], 32),
+        (PLANES[..., :1].transpose(-1, 0), 32),
+        (PLANES[..., 1:80], 80),
+        (PLANES[:0, ..., :7], 32),
+    ],
+    ids=["width", "address", "narrow", "one-column", "two-tiles", "empty"],
+)
+def test_even_rows_are_ragged_ones_and_zeros(rows, width):
+    even = even_rows(rows)
+    assert even.shape == (*rows.shape[:-1], width) and not is_ragged(even)
+    assert torch.equal(without_padding(even, rows.shape[-1]), rows)
+    assert not even[..., rows.shape[-1] :].any()
+
+
+def test_even_rows_are_no_copy():
+    assert even_rows(PLANES) is PLANES
+    problem = Problem(PLANES, PLANES[..., 1:65], PLANES[..., 1:], q_rope=PLANES)
+    even = problem.even
+    assert even.q is PLANES and even.q_rope is PLANES and even.k_rope is None
+    assert even.k.shape[-1] == 64 and even.v.shape[-1] == 80
 
 
 def width_of(d_qk=64, d_v=64, **rows):
@@ -144,7 +172,7 @@ def test_one_ragged_tensor_makes_the_launch_plain(name):
 
 @pytest.mark.parametrize(
     ("d_qk", "d_v", "plain"),
-    [(32, 64, False), (32, 80, True), (16, 256, True), (48, 256, True), (64, 256, False)],
+    [(32, 64, False), (32, 80, True), (32, 256, True), (48, 256, False), (64, 256, False)],
 )
 def test_narrow_keys_of_wide_values_are_plain(d_qk, d_v, plain):
     assert width_of(d_qk, d_v).plain == plain
