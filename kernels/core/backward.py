@@ -13,12 +13,13 @@ from kernels.core.primitives import (
     at_row_vector,
     cast,
     head_matrix,
+    hide_unmet,
     inner_products,
     load_joint_rows,
     load_rows,
     load_vector,
     locate_program,
-    meets,
+    move,
     plan_tiles,
     scale_rows,
     score_gradient,
@@ -48,12 +49,12 @@ def delta_kernel(
     start = tile * BLOCK_M
     o_matrix = head_matrix(o_ptr, o_strides, batch, head, q_tokens)
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
-    o = load_rows(o_matrix, start, BLOCK_M, D_V, True)
-    do = load_rows(do_matrix, start, BLOCK_M, D_V, True)
+    o = load_rows(o_matrix, start, BLOCK_M, D_V)
+    do = load_rows(do_matrix, start, BLOCK_M, D_V)
     dlse_log2_ptr = at_row_vector(dlse_log2_ptr, batch, head, q_heads, q_tokens)
     lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
-    lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M, True)
-    delta = -load_vector(dlse_log2_ptr, start, q_tokens, BLOCK_M, True) * LOG2_E
+    lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M)
+    delta = -load_vector(dlse_log2_ptr, start, q_tokens, BLOCK_M) * LOG2_E
     for part in tl.static_range(len(o)):
         delta += tl.sum(o[part].to(tl.float32) * do[part].to(tl.float32), 1)
     delta = tl.where(lse_log2 == float("-inf"), 0.0, delta)
@@ -63,21 +64,21 @@ def delta_kernel(
 
 @triton.jit
 def _query_gradient(
-    state, queries, keys, begin, stop, first, end, scale_log2,
+    state, queries, keys, bounds, partners, scale_log2,
     BLOCK_N: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    HAS_EXCESS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_EXCESS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of the keys [begin, stop) to (dq / scale, excess) of a tile of queries."""
+    """Add the share of the keys inside bounds to (dq / scale, excess) of a tile of queries."""
     dq, excess = state
     q, do, lse_log2, delta = queries
     k_matrix, k_rope_matrix, v_matrix = keys
-    for start in range(begin, stop, BLOCK_N):
-        k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE, MASKED)
-        v = load_rows(v_matrix, start, BLOCK_N, D_V, MASKED)
+    for start in range(bounds[0], bounds[3], BLOCK_N):
+        k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE)
+        v = load_rows(v_matrix, start, BLOCK_N, D_V)
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
         dweights = inner_products(do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
-        seen = meets(first, end, start, BLOCK_N) if MASKED else None
-        weights = softmax_weights(scores, lse_log2[:, None], scale_log2, seen, MASKED)
+        weights = softmax_weights(scores, lse_log2[:, None], scale_log2)
+        weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_N)
         dscores = cast(score_gradient(weights, dweights, delta[:, None]), k[0].dtype)
         dq = accumulate(dscores, k, dq, PRECISION)
         if HAS_EXCESS:
@@ -105,8 +106,8 @@ def dq_kernel(
     tile, batch, head = locate_program(batches, q_heads)
     start = (tl.cdiv(q_tokens, BLOCK_M) - 1 - tile) * BLOCK_M
     reach = k_tokens, shift, behind, ahead, bounds_ptr
-    bounds = plan_tiles(start, q_tokens, reach, BLOCK_M, BLOCK_N, IS_VARLEN)
-    first, end = tile_partners(start, q_tokens, reach, BLOCK_M, IS_VARLEN)
+    bounds = plan_tiles(start, q_tokens, reach, BLOCK_M, IS_VARLEN)
+    partners = tile_partners(start, q_tokens, reach, BLOCK_M, IS_VARLEN)
 
     q_matrix = head_matrix(q_ptr, q_strides, batch, head, q_tokens)
     q_rope_matrix = head_matrix(q_rope_ptr, q_rope_strides, batch, head, q_tokens)
@@ -114,10 +115,10 @@ def dq_kernel(
     lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
     queries = (
-        load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE, True),
-        load_rows(do_matrix, start, BLOCK_M, D_V, True),
-        load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M, True),
-        load_vector(delta_ptr, start, q_tokens, BLOCK_M, True),
+        load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE),
+        load_rows(do_matrix, start, BLOCK_M, D_V),
+        load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M),
+        load_vector(delta_ptr, start, q_tokens, BLOCK_M),
     )
     keys = (
         head_matrix(k_ptr, k_strides, batch, head * k_heads // q_heads, k_tokens),
@@ -125,12 +126,10 @@ def dq_kernel(
         head_matrix(v_ptr, v_strides, batch, head * v_heads // q_heads, k_tokens),
     )
     state = zero_joint_rows(BLOCK_M, D_QK, D_ROPE), tl.zeros([BLOCK_M], tl.float32)
-    for phase in tl.static_range(3):  # left edge, interior, diagonal
-        state = _query_gradient(
-            state, queries, keys, bounds[phase], bounds[phase + 1], first, end, scale_log2,
-            BLOCK_N, D_QK, D_V, D_ROPE, HAS_EXCESS, PRECISION, MASKED=phase != 1,
-        )  # fmt: skip
-    dq, excess = state
+    dq, excess = _query_gradient(
+        state, queries, keys, bounds, partners, scale_log2,
+        BLOCK_N, D_QK, D_V, D_ROPE, HAS_EXCESS, PRECISION,
+    )  # fmt: skip
     dq = scale_rows(dq, scale_log2 / LOG2_E)
     dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, q_tokens)
     dq_rope_matrix = head_matrix(dq_rope_ptr, dq_rope_strides, batch, head, q_tokens)
@@ -142,24 +141,36 @@ def dq_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, queries, begin, stop, first, end, scale_log2,
+    dk, dv, k, v, queries, head_strides, heads, bounds, partners, scale_log2,
     BLOCK_M: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of the queries [begin, stop) to dk / scale and dv of a tile of keys."""
+    """Add the share of the queries inside bounds to dk / scale and dv of a tile of keys.
+
+    One loop takes all tiles of the first of the heads, at `queries`, then those of the next one.
+    """
     q_matrix, q_rope_matrix, do_matrix, lse_log2_ptr, delta_ptr = queries
     q_tokens = q_matrix[2]
-    for start in range(begin, stop, BLOCK_M):
-        q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE, MASKED)
-        do = load_rows(do_matrix, start, BLOCK_M, D_V, MASKED)
+    start = bounds[0]
+    for _ in range(tl.cdiv(tl.maximum(bounds[3] - start, 0), BLOCK_M) * heads):
+        q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE)
+        do = load_rows(do_matrix, start, BLOCK_M, D_V)
+        lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M)
         scores = inner_products(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
-        seen = meets(first, end, start, BLOCK_M) if MASKED else None
-        lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M, MASKED)
-        weights = softmax_weights(scores, lse_log2[None, :], scale_log2, seen, MASKED)
-        dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
         dweights = inner_products(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
-        delta = load_vector(delta_ptr, start, q_tokens, BLOCK_M, MASKED)
+        delta = load_vector(delta_ptr, start, q_tokens, BLOCK_M)
+        weights = softmax_weights(scores, lse_log2[None, :], scale_log2)
+        weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_M)
+        dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
         dk = accumulate(score_gradient(weights, dweights, delta[None, :]), q, dk, PRECISION)
+        start += BLOCK_M
+        turns = (start >= bounds[3]).to(tl.int64)  # to the next head; an `if` ends the pipelining
+        start = tl.where(turns != 0, bounds[0], start)
+        q_matrix = move(q_matrix, turns * head_strides[0])
+        q_rope_matrix = move(q_rope_matrix, turns * head_strides[1])
+        do_matrix = move(do_matrix, turns * head_strides[2])
+        lse_log2_ptr += turns * q_tokens
+        delta_ptr += turns * q_tokens
     return dk, dv
 
 
@@ -182,31 +193,31 @@ def dkdv_kernel(
     tile, batch, v_head = locate_program(batches, v_heads)
     start = tile * BLOCK_N
     reach = q_tokens, -shift, ahead, behind, bounds_ptr
-    bounds = plan_tiles(start, k_tokens, reach, BLOCK_N, BLOCK_M, IS_VARLEN)
-    first, end = tile_partners(start, k_tokens, reach, BLOCK_N, IS_VARLEN)
+    bounds = plan_tiles(start, k_tokens, reach, BLOCK_N, IS_VARLEN)
+    partners = tile_partners(start, k_tokens, reach, BLOCK_N, IS_VARLEN)
 
     v_matrix = head_matrix(v_ptr, v_strides, batch, v_head, k_tokens)
     k_rope_matrix = head_matrix(k_rope_ptr, k_rope_strides, batch, 0, k_tokens)
-    v = load_rows(v_matrix, start, BLOCK_N, D_V, True)
+    v = load_rows(v_matrix, start, BLOCK_N, D_V)
     dv = zero_rows(BLOCK_N, D_V)
     k_per_v, q_per_k = k_heads // v_heads, q_heads // k_heads
+    head_strides = q_strides[2], q_rope_strides[2], do_strides[2]
     for k_head in range(v_head * k_per_v, (v_head + 1) * k_per_v):
         k_matrix = head_matrix(k_ptr, k_strides, batch, k_head, k_tokens)
-        k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE, True)
+        k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE)
         dk = zero_joint_rows(BLOCK_N, D_QK, D_ROPE)
-        for phase in tl.static_range(3):  # left edge, interior, diagonal
-            for q_head in range(k_head * q_per_k, (k_head + 1) * q_per_k):
-                queries = (
-                    head_matrix(q_ptr, q_strides, batch, q_head, q_tokens),
-                    head_matrix(q_rope_ptr, q_rope_strides, batch, q_head, q_tokens),
-                    head_matrix(do_ptr, do_strides, batch, q_head, q_tokens),
-                    at_row_vector(lse_log2_ptr, batch, q_head, q_heads, q_tokens),
-                    at_row_vector(delta_ptr, batch, q_head, q_heads, q_tokens),
-                )
-                dk, dv = _key_gradients(
-                    dk, dv, k, v, queries, bounds[phase], bounds[phase + 1], first, end,
-                    scale_log2, BLOCK_M, D_QK, D_V, D_ROPE, PRECISION, MASKED=phase != 1,
-                )  # fmt: skip
+        q_head = k_head * q_per_k
+        queries = (
+            head_matrix(q_ptr, q_strides, batch, q_head, q_tokens),
+            head_matrix(q_rope_ptr, q_rope_strides, batch, q_head, q_tokens),
+            head_matrix(do_ptr, do_strides, batch, q_head, q_tokens),
+            at_row_vector(lse_log2_ptr, batch, q_head, q_heads, q_tokens),
+            at_row_vector(delta_ptr, batch, q_head, q_heads, q_tokens),
+        )
+        dk, dv = _key_gradients(
+            dk, dv, k, v, queries, head_strides, q_per_k, bounds, partners, scale_log2,
+            BLOCK_M, D_QK, D_V, D_ROPE, PRECISION,
+        )  # fmt: skip
         dk = scale_rows(dk, scale_log2 / LOG2_E)
         dk_matrix = head_matrix(dk_ptr, dk_strides, batch, k_head, k_tokens)
         dk_rope_matrix = head_matrix(dk_rope_ptr, dk_rope_strides, batch, k_head, k_tokens)

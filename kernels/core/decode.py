@@ -17,7 +17,6 @@ from kernels.core.primitives import (
     head_matrix,
     load_joint_rows,
     locate_program,
-    phases,
     scale_rows,
     store_rows,
     zero_rows,
@@ -71,7 +70,7 @@ def decode_kernel(
 
     q_matrix = head_matrix(q_ptr, q_strides, batch, k_head, rows)
     q_rope_matrix = head_matrix(q_rope_ptr, q_rope_strides, batch, k_head, rows)
-    q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE, True)
+    q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE)
     row_max_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:  # a key of no value that every query sees, in the first split
@@ -84,18 +83,18 @@ def decode_kernel(
         shift = (begin // capacity + turn) * capacity  # from row to position
         turn_begin = tl.maximum(split_begin - shift, 0)
         turn_stop = tl.maximum(tl.minimum(split_stop - shift, capacity), turn_begin)
-        turn_end = tl.minimum(end - shift, turn_stop)
-        bounds = phases(turn_begin, inner_begin - shift, inner_end - shift, turn_stop, BLOCK_N)
+        turn_inner_end = tl.minimum(inner_end - shift, turn_stop)
+        bounds = turn_begin, inner_begin - shift, turn_inner_end, turn_stop
+        partners = first - shift, tl.minimum(end - shift, turn_stop)
         keys = (
             head_matrix(k_ptr, k_strides, batch, k_head, turn_stop),
             head_matrix(k_rope_ptr, k_rope_strides, batch, 0, turn_stop),
             head_matrix(v_ptr, v_strides, batch, k_head * v_heads // k_heads, turn_stop),
         )
-        for phase in tl.static_range(3):
-            state = attend(
-                state, q, keys, bounds[phase], bounds[phase + 1], first - shift, turn_end,
-                scale_log2, BLOCK_N, D_QK, D_V, D_ROPE, V_IS_K, PRECISION, MASKED=phase != 1,
-            )  # fmt: skip
+        state = attend(
+            state, q, keys, bounds, partners, scale_log2,
+            BLOCK_N, D_QK, D_V, D_ROPE, V_IS_K, PRECISION,
+        )  # fmt: skip
     o, row_max_log2, row_sum = state
 
     batch += split * batches

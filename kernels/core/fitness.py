@@ -67,8 +67,8 @@ def rotate(rows, cos, sin):
 @triton.jit
 def load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK: tl.constexpr, D: tl.constexpr):
     """Rows of the contiguous rotary tables [T, D], where D is half a head's width."""
-    cos = load_rows((cos_ptr, D, tokens), start, BLOCK, D, True)
-    return cos, load_rows((sin_ptr, D, tokens), start, BLOCK, D, True)
+    cos = load_rows((cos_ptr, D, tokens), start, BLOCK, D)
+    return cos, load_rows((sin_ptr, D, tokens), start, BLOCK, D)
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def share_kernel(
             cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, D_FIRST)
             dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
         excess_ptr = at_row_vector(excess_ptr, batch, head, heads, tokens)
-        excess = load_vector(excess_ptr, start, tokens, BLOCK, True)
+        excess = load_vector(excess_ptr, start, tokens, BLOCK)
         genes = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
         # All scores of a row are much like its token's own, which dS of sum 0 would cancel.
         dkappa = inner_product(dgamma, gamma) - excess * inner_product(genes, gamma)

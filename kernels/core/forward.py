@@ -12,11 +12,11 @@ from kernels.core.primitives import (
     accumulate,
     at_row_vector,
     head_matrix,
+    hide_unmet,
     inner_products,
     load_joint_rows,
     load_rows,
     locate_program,
-    meets,
     plan_tiles,
     scale_rows,
     softmax_step,
@@ -30,21 +30,24 @@ from kernels.core.problem import Problem, without_padding
 
 @triton.jit
 def attend(
-    state, q, keys, begin, stop, first, end, scale_log2,
+    state, q, keys, bounds, partners, scale_log2,
     BLOCK_N: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    V_IS_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    V_IS_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys [begin, stop) into (o, row_max_log2, row_sum) of a tile of queries."""
+    """Fold the keys inside bounds into (o, row_max_log2, row_sum) of a tile of queries.
+
+    bounds and partners are what `plan_tiles` and `tile_partners` find for the queries.
+    """
     o, row_max_log2, row_sum = state
     k_matrix, k_rope_matrix, v_matrix = keys
-    for start in range(begin, stop, BLOCK_N):
-        k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE, MASKED)
+    for start in range(bounds[0], bounds[3], BLOCK_N):
+        k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE)
+        v = k if V_IS_K else load_rows(v_matrix, start, BLOCK_N, D_V)
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
-        seen = meets(first, end, start, BLOCK_N) if MASKED else None
+        scores = hide_unmet(scores, float("-inf"), bounds, partners, start, BLOCK_N)
         weights, rescale, row_max_log2, row_sum = softmax_step(
-            scores, row_max_log2, row_sum, scale_log2, seen, MASKED
+            scores, row_max_log2, row_sum, scale_log2
         )
-        v = k if V_IS_K else load_rows(v_matrix, start, BLOCK_N, D_V, MASKED)
         o = accumulate(weights, v, scale_rows(o, rescale[:, None]), PRECISION)
     return o, row_max_log2, row_sum
 
@@ -65,12 +68,12 @@ def forward_kernel(
     tile, batch, head = locate_program(batches, q_heads)
     start = (tl.cdiv(q_tokens, BLOCK_M) - 1 - tile) * BLOCK_M
     reach = k_tokens, shift, behind, ahead, bounds_ptr
-    bounds = plan_tiles(start, q_tokens, reach, BLOCK_M, BLOCK_N, IS_VARLEN)
-    first, end = tile_partners(start, q_tokens, reach, BLOCK_M, IS_VARLEN)
+    bounds = plan_tiles(start, q_tokens, reach, BLOCK_M, IS_VARLEN)
+    partners = tile_partners(start, q_tokens, reach, BLOCK_M, IS_VARLEN)
 
     q_matrix = head_matrix(q_ptr, q_strides, batch, head, q_tokens)
     q_rope_matrix = head_matrix(q_rope_ptr, q_rope_strides, batch, head, q_tokens)
-    q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE, True)
+    q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE)
     keys = (
         head_matrix(k_ptr, k_strides, batch, head * k_heads // q_heads, k_tokens),
         head_matrix(k_rope_ptr, k_rope_strides, batch, 0, k_tokens),
@@ -82,12 +85,10 @@ def forward_kernel(
         row_max_log2 = tl.zeros_like(row_sum) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         row_sum += 1.0
     state = zero_rows(BLOCK_M, D_V), row_max_log2, row_sum
-    for phase in tl.static_range(3):  # left edge, interior, diagonal
-        state = attend(
-            state, q, keys, bounds[phase], bounds[phase + 1], first, end, scale_log2,
-            BLOCK_N, D_QK, D_V, D_ROPE, False, PRECISION, MASKED=phase != 1,
-        )  # fmt: skip
-    o, row_max_log2, row_sum = state
+    o, row_max_log2, row_sum = attend(
+        state, q, keys, bounds, partners, scale_log2,
+        BLOCK_N, D_QK, D_V, D_ROPE, False, PRECISION,
+    )  # fmt: skip
 
     o = scale_rows(o, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
     o_matrix = head_matrix(o_ptr, o_strides, batch, head, q_tokens)

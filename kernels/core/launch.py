@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 MOST_ROWS = 512  # of a tile, and more than any has
@@ -12,8 +13,9 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     """Run so many programs of a kernel, on the device of its tensors, current or not.
 
     Of a tensor `x_ptr` [B, T, H, D] whose strides the kernel takes, as `x_strides`, they are filled
-    in; any other tensor is one that it takes to be contiguous. A tensor that it can not address as
-    it is comes as a copy, which those that it writes, fresh ones, never need.
+    in, that of rows as a constant; any other tensor is one that it takes to be contiguous. A tensor
+    that it can not address as it is comes as a copy, which those that it writes, fresh ones, never
+    need.
     """
     if programs == 0:
         return
@@ -22,7 +24,8 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
         strides = name.replace("_ptr", "_strides")
         if strides in kernel.arg_names:
             arguments[name] = x = x if _is_addressable(x) else x.contiguous()
-            arguments[strides] = x.stride()
+            batch, row, head, _ = x.stride()
+            arguments[strides] = batch, tl.constexpr(row), head
         else:
             arguments[name] = x.contiguous()
     device = torch.cuda.device_of(next(iter(tensors.values())))  # type: ignore[no-untyped-call]

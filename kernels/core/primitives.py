@@ -2,10 +2,12 @@
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -39,6 +41,12 @@ def head_matrix(ptr, strides, batch, head, tokens):
     """One head of a [B, T, H, D] tensor: (address, stride of its rows, number of rows)."""
     address = ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
     return address, strides[1], tokens
+
+
+@triton.jit
+def move(matrix, elements):
+    """The matrix so many elements behind this one."""
+    return matrix[0] + elements, matrix[1], matrix[2]
 
 
 @triton.jit
@@ -77,16 +85,11 @@ def tile_mask(matrix, start, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: 
 
 @triton.jit
 def load_tile(
-    matrix, column, start,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """A tile of a matrix, zero where it ends; unmasked tiles end with its columns at the most."""
+    matrix, column, start, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """A tile of a matrix, zero where it ends."""
     pointers = tile_pointers(matrix, column, start, BLOCK, WIDTH)
-    if MASKED:
-        return tl.load(pointers, mask=tile_mask(matrix, start, BLOCK, COLUMNS, WIDTH), other=0.0)
-    if COLUMNS >= WIDTH:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(tl.arange(0, WIDTH) < COLUMNS)[None, :], other=0.0)
+    return tl.load(pointers, mask=tile_mask(matrix, start, BLOCK, COLUMNS, WIDTH), other=0.0)
 
 
 @triton.jit
@@ -104,25 +107,24 @@ def store_tile(
 
 
 @triton.jit
-def load_rows(matrix, start, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(matrix, start, BLOCK: tl.constexpr, D: tl.constexpr):
     """Rows start, start + 1, ... of a matrix of D columns, zero where it ends."""
     MAIN: tl.constexpr = main_width(D)
     REST: tl.constexpr = padded_width(D) - MAIN
-    tiles = (load_tile(matrix, 0, start, BLOCK, D, MAIN, MASKED),)
+    tiles = (load_tile(matrix, 0, start, BLOCK, D, MAIN),)
     if REST:
-        tiles = tiles + (load_tile(matrix, MAIN, start, BLOCK, D - MAIN, REST, MASKED),)
+        tiles = tiles + (load_tile(matrix, MAIN, start, BLOCK, D - MAIN, REST),)
     return tiles
 
 
 @triton.jit
 def load_joint_rows(
-    matrix, rope, start,
-    BLOCK: tl.constexpr, D: tl.constexpr, D_ROPE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    matrix, rope, start, BLOCK: tl.constexpr, D: tl.constexpr, D_ROPE: tl.constexpr
+):
     """Rows of a matrix and, beside them, those of its rotary part, if it has one."""
-    tiles = load_rows(matrix, start, BLOCK, D, MASKED)
+    tiles = load_rows(matrix, start, BLOCK, D)
     if D_ROPE:
-        tiles = tiles + load_rows(rope, start, BLOCK, D_ROPE, MASKED)
+        tiles = tiles + load_rows(rope, start, BLOCK, D_ROPE)
     return tiles
 
 
@@ -205,12 +207,10 @@ def store_vector(ptr, vector, start, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_vector(ptr, start, rows, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def load_vector(ptr, start, rows, BLOCK: tl.constexpr):
     """Elements start, start + 1, ... of a vector, zero where it ends.  # [BLOCK]"""
     position = start + tl.arange(0, BLOCK)
-    if MASKED:
-        return tl.load(ptr + position, mask=position < rows, other=0.0)
-    return tl.load(ptr + position)
+    return tl.load(ptr + position, mask=position < rows, other=0.0)
 
 
 @triton.jit
@@ -236,35 +236,15 @@ def partner_range(position, reach, IS_VARLEN: tl.constexpr):
 
 
 @triton.jit
-def phases(begin, inner_begin, inner_end, end, BLOCK: tl.constexpr):
-    """Bounds (begin, inner, edge, end) of the tiles of [begin, end).
+def plan_tiles(start, tokens, reach, BLOCK: tl.constexpr, IS_VARLEN: tl.constexpr):
+    """Bounds (begin, inner_begin, inner_end, end) of the partners of start, ..., start + BLOCK - 1.
 
-    The tiles of the left edge [begin, inner) and of the right one [edge, end) need a mask, those of
-    the interior [inner, edge) lie inside [inner_begin, inner_end).
-    """
-    inner_begin = tl.minimum(tl.maximum(inner_begin, begin), tl.maximum(end, begin))
-    inner = begin + tl.cdiv(inner_begin - begin, BLOCK) * BLOCK
-    edge = inner + tl.maximum(tl.minimum(inner_end, end) - inner, 0) // BLOCK * BLOCK
-    return begin, inner, edge, end
-
-
-@triton.jit
-def plan_tiles(
-    start, tokens, reach,
-    BLOCK: tl.constexpr, PARTNER_BLOCK: tl.constexpr, IS_VARLEN: tl.constexpr,
-    ALIGNED: tl.constexpr = False,
-):  # fmt: skip
-    """`phases` of the partners of the tokens start, ..., start + BLOCK - 1.
-
-    Every token meets all partners of the interior; the right edge is the diagonal. ALIGNED tiles
-    start at multiples of their size.
+    Those of [begin, end) meet some of these tokens, those of [inner_begin, inner_end) all of them.
     """
     last = tl.minimum(start + BLOCK, tokens) - 1
     begin, inner_end = partner_range(start, reach, IS_VARLEN)
     inner_begin, end = partner_range(last, reach, IS_VARLEN)
-    if ALIGNED:
-        begin = begin // PARTNER_BLOCK * PARTNER_BLOCK
-    return phases(begin, inner_begin, inner_end, end, PARTNER_BLOCK)
+    return begin, inner_begin, inner_end, end
 
 
 @triton.jit
@@ -282,30 +262,36 @@ def meets(first, end, start, PARTNER_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(scores, row_max_log2, row_sum, scale_log2, seen, MASKED: tl.constexpr):
-    """Fold one tile of scores into the running softmax of its rows.
+def hide_unmet(x, filler, bounds, partners, start, PARTNER_BLOCK: tl.constexpr):
+    """x of tokens and partners start, ..., with the filler where a token misses a partner.
+
+    Tiles that all tokens meet skip the masks, so `bounds` has to be the plan for `partners`.
+    """
+    if (start < bounds[1]) | (start + PARTNER_BLOCK > bounds[2]):
+        x = tl.where(meets(partners[0], partners[1], start, PARTNER_BLOCK), x, filler)
+    return x
+
+
+@triton.jit
+def softmax_step(scores, row_max_log2, row_sum, scale_log2):
+    """Fold one tile of scores, -inf where unseen, into the running softmax of its rows.
 
     Returns:
         weights: exp2(scale_log2 scores - new row maximum).  # [BLOCK_M, BLOCK_N]
         rescale: factor on everything summed so far.  # [BLOCK_M]
         row_max_log2, row_sum: the new ones.  # [BLOCK_M]
     """
-    if MASKED:
-        scores = tl.where(seen, scores, float("-inf"))
     new_max_log2 = tl.maximum(row_max_log2, tl.max(scores, 1) * scale_log2)
-    pivot_log2 = new_max_log2
-    if MASKED:  # a row that has seen nothing yet must not form -inf - -inf
-        pivot_log2 = tl.where(new_max_log2 == float("-inf"), 0.0, new_max_log2)
+    pivot_log2 = tl.maximum(new_max_log2, LOWEST)  # of no keys yet, -inf - -inf would be nan
     weights = tl.exp2(scores * scale_log2 - pivot_log2[:, None])
     rescale = tl.exp2(row_max_log2 - pivot_log2)
     return weights, rescale, new_max_log2, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
-def softmax_weights(scores, lse_log2, scale_log2, seen, MASKED: tl.constexpr):
-    """P = exp2(scale_log2 scores - lse_log2), queries along either axis, 0 where unseen."""
-    weights = tl.exp2(scores * scale_log2 - lse_log2)
-    return tl.where(seen, weights, 0.0) if MASKED else weights
+def softmax_weights(scores, lse_log2, scale_log2):
+    """P = exp2(scale_log2 scores - lse_log2), queries along either axis."""
+    return tl.exp2(scores * scale_log2 - lse_log2)
 
 
 @triton.jit

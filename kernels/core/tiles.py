@@ -9,7 +9,8 @@ from torch import Tensor
 from kernels.core.primitives import main_width, padded_width
 from kernels.core.problem import is_ragged
 
-Direction = Literal["forward", "dq", "dkdv", "decode", "fitness"]
+SHORT = 512  # keys of a window below which `short_forward` is faster
+Direction = Literal["forward", "short_forward", "dq", "dkdv", "decode", "fitness"]
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,41 @@ FITNESS = {
 LARGE_FITNESS = FITNESS | {64: Tile(64, 64, 8, 1, 128), 96: Tile(64, 64, 8, 1)}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
-        "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "forward": {
+            64: Tile(64, 64, 4, 3),
+            96: Tile(64, 32, 4, 3),
+            192: Tile(128, 32, 8, 3),
+            256: Tile(64, 32, 8, 3),
+        },
+        "dq": {128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 3)},
         "dkdv": {
-            64: Tile(32, 128, 8, 2),
-            96: Tile(16, 64, 8, 1),
-            128: Tile(16, 64, 8, 2),
-            256: Tile(16, 32, 8, 1),
+            64: Tile(32, 64, 4, 3),
+            96: Tile(16, 64, 4, 3),
+            128: Tile(32, 64, 8, 3),
+            192: Tile(16, 64, 8, 2),
+            256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
         "fitness": FITNESS,
     },
     90: {
-        "forward": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "dq": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "forward": {
+            96: Tile(128, 64, 8, 3, 128),
+            192: Tile(128, 64, 8, 3),
+            256: Tile(128, 32, 8, 3),
+        },
+        "short_forward": {64: Tile(64, 64, 4, 3, 128)},
+        "dq": {
+            64: Tile(128, 64, 8, 3, 128),
+            128: Tile(128, 32, 8, 3, 128),
+            192: Tile(128, 32, 8, 3),
+            256: Tile(128, 32, 8, 2),
+        },
         "dkdv": {
-            64: Tile(32, 128, 8, 2),
-            96: Tile(16, 64, 8, 2),
-            128: Tile(16, 128, 8, 2),
+            64: Tile(64, 64, 4, 3),
+            96: Tile(32, 64, 4, 3),
+            128: Tile(32, 128, 8, 3),
+            192: Tile(16, 128, 8, 3),
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
@@ -87,37 +105,49 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
     },
     100: {
         "forward": {
-            64: Tile(64, 64, 4, 2),
-            96: Tile(64, 64, 4, 2),
-            128: Tile(64, 64, 8, 2),
-            256: Tile(64, 32, 8, 2),
+            96: Tile(64, 64, 4, 3, 255),
+            128: Tile(64, 64, 8, 3),
+            256: Tile(64, 32, 8, 3, 255),
         },
         "dq": {
-            64: Tile(128, 64, 8, 2),
-            96: Tile(64, 64, 8, 2, 255),
-            128: Tile(64, 64, 8, 2),
-            256: Tile(32, 32, 8, 2),
+            64: Tile(64, 64, 4, 3),
+            96: Tile(128, 32, 8, 3),
+            128: Tile(64, 32, 8, 3),
+            192: Tile(64, 32, 8, 2),
+            256: Tile(64, 32, 8, 3),
         },
-        "dkdv": {
-            64: Tile(32, 128, 8, 2),
-            96: Tile(16, 64, 8, 1),
-            128: Tile(32, 32, 8, 2),
-            256: Tile(32, 32, 8, 2),
-        },
+        "dkdv": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 2)},
         "decode": DECODE,
         "fitness": LARGE_FITNESS,
     },
     120: {
-        "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "dq": {64: Tile(64, 32, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-        "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+        "forward": {
+            64: Tile(64, 64, 4, 2),
+            96: Tile(64, 32, 4, 3),
+            128: Tile(128, 32, 8, 3),
+            192: Tile(64, 32, 8, 3),
+            256: Tile(64, 32, 8, 2),
+        },
+        "dq": {
+            96: Tile(64, 32, 4, 3),
+            128: Tile(64, 32, 8, 3),
+            192: Tile(64, 32, 8, 2),
+            256: Tile(32, 32, 8, 2, 255),
+        },
+        "dkdv": {
+            64: Tile(32, 64, 4, 3),
+            96: Tile(16, 64, 4, 3),
+            128: Tile(32, 64, 8, 3),
+            192: Tile(16, 64, 8, 2),
+            256: Tile(32, 32, 8, 2),
+        },
         "decode": DECODE,
         "fitness": FITNESS,
     },
 }
 # Of fp32, and of ragged rows, whose elements are read one by one and take a register each.
 PLAIN: Table = {
-    "forward": roomy({64: Tile(32, 32, 8, 1), 144: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}),
+    "forward": roomy({64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}),
     "dq": roomy({64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "dkdv": roomy({64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
@@ -137,6 +167,7 @@ class Width(NamedTuple):
 
     columns: int  # padded
     plain: bool  # whether only `PLAIN` has one
+    short: bool = False  # whether each meets fewer than `SHORT` others
 
 
 def tile_width(arguments: dict[str, Any]) -> Width:
@@ -146,7 +177,8 @@ def tile_width(arguments: dict[str, Any]) -> Width:
     columns = max(scored, padded_width(d_v))
     rows = [x for x in arguments.values() if isinstance(x, Tensor) and x.dim() == 4]
     ragged = any(is_ragged(x) for x in rows)
-    return Width(columns, ragged or is_narrow(d_qk, columns))
+    short = arguments.get("behind", SHORT) + arguments.get("ahead", 0) < SHORT
+    return Width(columns, ragged or is_narrow(d_qk, columns), short)
 
 
 def is_narrow(d_qk: int, columns: int) -> bool:
@@ -160,7 +192,10 @@ def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
         return INTERPRETER[direction]
     plain = q.dtype == torch.float32 or width.plain
     table = PLAIN if plain else HALF_PRECISION[architecture(q.device)]
-    return next(tile for widest, tile in table[direction].items() if width.columns <= widest)
+    serving = table[direction]
+    if direction == "forward" and width.short:
+        serving = serving | table.get("short_forward", {})
+    return serving[min(widest for widest in serving if width.columns <= widest)]
 
 
 def architecture(device: torch.device) -> int:

@@ -33,7 +33,7 @@ def halves(matrix, D_FIRST: tl.constexpr):
 @triton.jit
 def load_half(matrix, start, BLOCK: tl.constexpr, D: tl.constexpr):
     """Rows start, start + 1, ... in fp32, zero where the matrix ends."""
-    rows = load_rows(matrix, start, BLOCK, D, True)
+    rows = load_rows(matrix, start, BLOCK, D)
     result = ()
     for part in tl.static_range(len(rows)):
         result = result + (rows[part].to(tl.float32),)
@@ -110,11 +110,25 @@ def add_seen(sums, seen, rows):
 
 
 @triton.jit
+def phases(bounds, BLOCK: tl.constexpr):
+    """Bounds (begin, inner, edge, end) of the tiles, at multiples of their size, of a plan.
+
+    Those of the left edge [begin, inner) and of the right one [edge, end) need a mask, those of
+    the interior [inner, edge) meet all tokens whose plan it is.
+    """
+    begin, inner_begin, inner_end, end = bounds
+    begin = begin // BLOCK * BLOCK
+    inner = tl.cdiv(tl.minimum(tl.maximum(inner_begin, begin), tl.maximum(end, begin)), BLOCK)
+    edge = inner + tl.maximum(tl.minimum(inner_end, end) // BLOCK - inner, 0)
+    return begin, inner * BLOCK, edge * BLOCK, end
+
+
+@triton.jit
 def sum_windows_of_half(
     matrix, totals, bounds, first, end,
     BLOCK: tl.constexpr, D: tl.constexpr, ARE_GENES: tl.constexpr,
 ):  # fmt: skip
-    """`sum_windows` of D columns, between the `bounds` of `plan_tiles`."""
+    """`sum_windows` of D columns, between the bounds of `phases`."""
     sums = zero_rows(BLOCK, D)
     for side in tl.static_range(2):
         for other in range(bounds[2 * side], bounds[2 * side + 1], BLOCK):
@@ -142,7 +156,7 @@ def sum_windows(
         totals: their sums over every BLOCK tokens.
         start, reach, first, end: the tile, `partner_range`'s argument, and its result.
     """
-    bounds = plan_tiles(start, matrix[2], reach, BLOCK, BLOCK, IS_VARLEN, ALIGNED=True)
+    bounds = phases(plan_tiles(start, matrix[2], reach, BLOCK, IS_VARLEN), BLOCK)
     first_half, second_half = halves(matrix, D_FIRST)
     first_totals, second_totals = halves(totals, D_FIRST)
     sums = sum_windows_of_half(
