@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import checks, reference
 from kernels.autocast import without_autocast
-from kernels.core.problem import Problem
+from kernels.core.problem import Problem, new_lse
 
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_rope, Tensor? k_rope, Tensor? sinks, "
@@ -21,7 +21,7 @@ TENSORS = Problem._fields.index("scale")
     "smollm_attention::forward", mutates_args=(), schema=f"({PROBLEM}) -> (Tensor, Tensor)"
 )
 def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, Tq] of a `Problem`."""
+    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, parts, Tq] of a `Problem`."""
     from kernels.core.forward import launch_forward
 
     return launch_forward(Problem(*problem))
@@ -29,9 +29,7 @@ def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
 
 @core_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batches, tokens, heads, _width = q.shape
-    lse_log2 = q.new_empty(batches, heads, tokens, dtype=torch.float32)
-    return q.new_empty(batches, tokens, heads, v.shape[-1]), lse_log2
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), new_lse(q)
 
 
 @torch.library.custom_op(
@@ -53,12 +51,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     *problem, _o, lse_log2, _do, _dlse_log2, with_excess = arguments
     q = problem[0]
     gradients = (q.new_empty((0,) * 4 if x is None else x.shape) for x in problem[:5])
-    excess = torch.empty_like(lse_log2) if with_excess else lse_log2.new_empty((0,) * 3)
-    return *gradients, torch.empty_like(lse_log2), excess
+    delta = torch.empty_like(lse_log2[:, :, 0])
+    excess = torch.empty_like(delta) if with_excess else delta.new_empty((0,) * 3)
+    return *gradients, delta, excess
 
 
 class _AttentionFunction(torch.autograd.Function):
-    """o and its base-2 lse [B, HQ, Tq]; keeps the inputs and both for the backward."""
+    """o and its base-2 lse; keeps the inputs and both for the backward."""
 
     @staticmethod
     def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
@@ -79,6 +78,7 @@ class _AttentionFunction(torch.autograd.Function):
         if problem.sinks is not None:  # -P_sink delta, summed over queries, but of o unrounded:
             # the excess of the other keys is sum_j P_j dP_j - (1 - P_sink) delta
             sinks_log2 = problem.sinks.float() * math.log2(math.e)
+            lse_log2, dlse_log2 = lse_log2[:, :, 0], dlse_log2[:, :, 0]
             finite = lse_log2.clamp(min=torch.finfo(torch.float32).min)  # sinks may be -inf too
             weights = torch.exp2(sinks_log2[:, None] - finite)  # [B, HQ, Tq]
             exact = excess + (1 - weights) * delta - dlse_log2 * math.log2(math.e)
@@ -100,7 +100,7 @@ class _Joined(torch.autograd.Function):
 
 
 def fused_attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The attention core with its gradients: o [B, Tq, HQ, D_V], base-2 lse [B, HQ, Tq]."""
+    """The attention core with its gradients: o [B, Tq, HQ, D_V], base-2 lse [B, HQ, parts, Tq]."""
     o, lse_log2 = _AttentionFunction.apply(*problem)  # type: ignore[no-untyped-call]
     return o, lse_log2
 
@@ -212,7 +212,7 @@ def attention(
             window_size=window_size,
         )
         o, lse_log2 = fused_attention(problem)
-        return (o, math.log(2) * lse_log2.transpose(1, 2)) if return_lse else o
+        return (o, math.log(2) * lse_log2[:, :, 0].transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(
         q,
         k,

@@ -10,17 +10,20 @@ from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
     accumulate,
+    at_lse,
     at_row_vector,
     cast,
     head_matrix,
     hide_unmet,
     inner_products,
     load_joint_rows,
+    load_lse,
     load_rows,
     load_vector,
     locate_program,
     move,
     plan_tiles,
+    rounded,
     scale_rows,
     score_gradient,
     softmax_weights,
@@ -39,7 +42,7 @@ DELTA_ELEMENTS = 4096  # of a tile
 @triton.jit(do_not_specialize=["q_tokens"])
 def delta_kernel(
     o_ptr, do_ptr, lse_log2_ptr, dlse_log2_ptr, delta_ptr, o_strides, do_strides,
-    batches, q_heads, q_tokens, D_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    batches, q_heads, q_tokens, D_V: tl.constexpr, LSE_PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = <do, o> - dlse for BLOCK_M queries of one head, 0 where a query sees no key.
 
@@ -51,12 +54,12 @@ def delta_kernel(
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
     o = load_rows(o_matrix, start, BLOCK_M, D_V)
     do = load_rows(do_matrix, start, BLOCK_M, D_V)
-    dlse_log2_ptr = at_row_vector(dlse_log2_ptr, batch, head, q_heads, q_tokens)
-    lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
+    dlse_log2_ptr = at_lse(dlse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
+    lse_log2_ptr = at_lse(lse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
     lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M)
     delta = -load_vector(dlse_log2_ptr, start, q_tokens, BLOCK_M) * LOG2_E
     for part in tl.static_range(len(o)):
-        delta += tl.sum(o[part].to(tl.float32) * do[part].to(tl.float32), 1)
+        delta += tl.sum(rounded(o[part].to(tl.float32) * do[part].to(tl.float32)), 1)
     delta = tl.where(lse_log2 == float("-inf"), 0.0, delta)
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
     store_vector(delta_ptr, delta, start, q_tokens, BLOCK_M)
@@ -77,7 +80,7 @@ def _query_gradient(
         v = load_rows(v_matrix, start, BLOCK_N, D_V)
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
         dweights = inner_products(do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
-        weights = softmax_weights(scores, lse_log2[:, None], scale_log2)
+        weights = softmax_weights(scores, lse_log2, scale_log2)
         weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_N)
         dscores = cast(score_gradient(weights, dweights, delta[:, None]), k[0].dtype)
         dq = accumulate(dscores, k, dq, PRECISION)
@@ -94,8 +97,8 @@ def dq_kernel(
     dq_strides, dq_rope_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_EXCESS: tl.constexpr, IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_EXCESS: tl.constexpr,
+    IS_VARLEN: tl.constexpr, LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale dS k for BLOCK_M queries of one head, where dS = P (do v^T - delta).
 
@@ -112,12 +115,12 @@ def dq_kernel(
     q_matrix = head_matrix(q_ptr, q_strides, batch, head, q_tokens)
     q_rope_matrix = head_matrix(q_rope_ptr, q_rope_strides, batch, head, q_tokens)
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
-    lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
+    lse_log2_ptr = at_lse(lse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
     queries = (
         load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE),
         load_rows(do_matrix, start, BLOCK_M, D_V),
-        load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M),
+        load_lse(lse_log2_ptr, start, q_tokens, BLOCK_M, LSE_PARTS, 1),
         load_vector(delta_ptr, start, q_tokens, BLOCK_M),
     )
     keys = (
@@ -143,7 +146,7 @@ def dq_kernel(
 def _key_gradients(
     dk, dv, k, v, queries, head_strides, heads, bounds, partners, scale_log2,
     BLOCK_M: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of the queries inside bounds to dk / scale and dv of a tile of keys.
 
@@ -155,11 +158,11 @@ def _key_gradients(
     for _ in range(tl.cdiv(tl.maximum(bounds[3] - start, 0), BLOCK_M) * heads):
         q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE)
         do = load_rows(do_matrix, start, BLOCK_M, D_V)
-        lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M)
+        lse_log2 = load_lse(lse_log2_ptr, start, q_tokens, BLOCK_M, LSE_PARTS, 0)
         scores = inner_products(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
         dweights = inner_products(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
         delta = load_vector(delta_ptr, start, q_tokens, BLOCK_M)
-        weights = softmax_weights(scores, lse_log2[None, :], scale_log2)
+        weights = softmax_weights(scores, lse_log2, scale_log2)
         weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_M)
         dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
         dk = accumulate(score_gradient(weights, dweights, delta[None, :]), q, dk, PRECISION)
@@ -169,7 +172,7 @@ def _key_gradients(
         q_matrix = move(q_matrix, turns * head_strides[0])
         q_rope_matrix = move(q_rope_matrix, turns * head_strides[1])
         do_matrix = move(do_matrix, turns * head_strides[2])
-        lse_log2_ptr += turns * q_tokens
+        lse_log2_ptr += turns * LSE_PARTS * q_tokens
         delta_ptr += turns * q_tokens
     return dk, dv
 
@@ -183,7 +186,7 @@ def dkdv_kernel(
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    IS_VARLEN: tl.constexpr, LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk = scale dS^T q and dv = P^T do for BLOCK_N keys of one value head and its key heads.
 
@@ -211,12 +214,12 @@ def dkdv_kernel(
             head_matrix(q_ptr, q_strides, batch, q_head, q_tokens),
             head_matrix(q_rope_ptr, q_rope_strides, batch, q_head, q_tokens),
             head_matrix(do_ptr, do_strides, batch, q_head, q_tokens),
-            at_row_vector(lse_log2_ptr, batch, q_head, q_heads, q_tokens),
+            at_lse(lse_log2_ptr, batch, q_head, q_heads, q_tokens, LSE_PARTS),
             at_row_vector(delta_ptr, batch, q_head, q_heads, q_tokens),
         )
         dk, dv = _key_gradients(
             dk, dv, k, v, queries, head_strides, q_per_k, bounds, partners, scale_log2,
-            BLOCK_M, D_QK, D_V, D_ROPE, PRECISION,
+            BLOCK_M, D_QK, D_V, D_ROPE, LSE_PARTS, PRECISION,
         )  # fmt: skip
         dk = scale_rows(dk, scale_log2 / LOG2_E)
         dk_matrix = head_matrix(dk_ptr, dk_strides, batch, k_head, k_tokens)
@@ -236,8 +239,8 @@ def launch_backward(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, delta and excess [B, HQ, Tq].
 
-    lse_log2 and its gradient are [B, HQ, Tq]; the gradients of absent rotary parts are empty, and
-    so is excess, what rounding makes of sum_j dS_ij = 0, unless asked for.
+    lse_log2 and its gradient are [B, HQ, parts, Tq]; the gradients of absent rotary parts are
+    empty, and so is excess, what rounding makes of sum_j dS_ij = 0, unless asked for.
     """
     inputs = problem[:5]
     problem, o, do = problem.even, even_rows(o), even_rows(do)
@@ -245,8 +248,8 @@ def launch_backward(
     dq, dk, dv, dq_rope, dk_rope = (
         q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
     )
-    delta = lse_log2.new_empty(lse_log2.shape)
-    excess = lse_log2.new_empty(lse_log2.shape if with_excess else (0,) * 3)
+    delta = torch.empty_like(lse_log2[:, :, 0])
+    excess = delta.new_empty(delta.shape if with_excess else (0,) * 3)
     arguments = problem.kernel_arguments
     batches, q_tokens, q_heads, _ = q.shape
     k_tokens, k_heads = k.shape[1:3]
@@ -264,6 +267,7 @@ def launch_backward(
         q_heads=q_heads,
         q_tokens=q_tokens,
         D_V=v.shape[-1],
+        LSE_PARTS=lse_log2.shape[2],
         BLOCK_M=delta_rows,
     )
     arguments |= {"do_ptr": do, "lse_log2_ptr": lse_log2, "delta_ptr": delta}

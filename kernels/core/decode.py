@@ -17,6 +17,7 @@ from kernels.core.primitives import (
     head_matrix,
     load_joint_rows,
     locate_program,
+    rounded,
     scale_rows,
     store_rows,
     zero_rows,
@@ -126,7 +127,7 @@ def combine_kernel(
         pointers = partial_ptr + ((part * rows + row) * D_V)[:, None] + column[None, :]
         mask = (part < splits)[:, None] & (column < D_V)[None, :]
         partial = tl.load(pointers, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_V]
-        o += tl.sum(partial * tl.exp2(part_log2 - lse_log2)[:, None], 0)
+        o += tl.sum(rounded(partial * tl.exp2(part_log2 - lse_log2)[:, None]), 0)
     tl.store(o_ptr + row * D_V + column, cast(o, o_ptr.dtype.element_ty), mask=column < D_V)
 
 

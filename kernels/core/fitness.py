@@ -17,6 +17,7 @@ from kernels.core.primitives import (
     locate_program,
     main_width,
     padded_width,
+    rounded,
     scale_rows,
     tile_partners,
 )
@@ -48,7 +49,7 @@ def inner_product(a, b):
     """<a, b> of each row.  # [BLOCK]"""
     total = 0.0
     for part in tl.static_range(len(a)):
-        total += tl.sum(a[part] * b[part], 1)
+        total += tl.sum(rounded(a[part] * b[part]), 1)
     return total
 
 

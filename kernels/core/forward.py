@@ -1,6 +1,5 @@
 """The forward kernel of the attention core and its launcher."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,7 +9,7 @@ from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
     accumulate,
-    at_row_vector,
+    at_lse,
     head_matrix,
     hide_unmet,
     inner_products,
@@ -20,12 +19,12 @@ from kernels.core.primitives import (
     plan_tiles,
     scale_rows,
     softmax_step,
+    store_lse,
     store_rows,
-    store_vector,
     tile_partners,
     zero_rows,
 )
-from kernels.core.problem import Problem, without_padding
+from kernels.core.problem import Problem, new_lse, without_padding
 
 
 @triton.jit
@@ -58,8 +57,8 @@ def forward_kernel(
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, o_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SINKS: tl.constexpr, IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SINKS: tl.constexpr,
+    IS_VARLEN: tl.constexpr, LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale q k^T) v, and its base-2 lse, for BLOCK_M queries of one head.
 
@@ -93,18 +92,18 @@ def forward_kernel(
     o = scale_rows(o, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
     o_matrix = head_matrix(o_ptr, o_strides, batch, head, q_tokens)
     store_rows(o_matrix, o, start, BLOCK_M, D_V)
-    lse_log2_ptr = at_row_vector(lse_log2_ptr, batch, head, q_heads, q_tokens)
-    store_vector(lse_log2_ptr, row_max_log2 + tl.log2(row_sum), start, q_tokens, BLOCK_M)
+    lse_log2_ptr = at_lse(lse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
+    store_lse(lse_log2_ptr, row_max_log2, row_sum, start, q_tokens, BLOCK_M, LSE_PARTS)
 
 
 def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] in q's type and the base-2 lse [B, HQ, Tq] in fp32."""
+    """o [B, Tq, HQ, D_V] in q's type and the base-2 lse [B, HQ, parts, Tq] in fp32."""
     width = problem.v.shape[-1]
     problem = problem.even
     q, sinks = problem.q, problem.sinks
     batches, q_tokens, q_heads, _ = q.shape
     o = q.new_empty(batches, q_tokens, q_heads, problem.v.shape[-1])
-    lse_log2 = q.new_empty(batches, q_heads, q_tokens, dtype=torch.float32)
+    lse_log2 = new_lse(q)
     arguments = problem.kernel_arguments
     tile = tiles.choose("forward", q, tiles.tile_width(arguments))
     launch(

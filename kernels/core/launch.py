@@ -1,8 +1,11 @@
 """The one way in which kernels are launched."""
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,9 +31,42 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
             arguments[strides] = batch, tl.constexpr(row), head
         else:
             arguments[name] = x.contiguous()
-    device = torch.cuda.device_of(next(iter(tensors.values())))  # type: ignore[no-untyped-call]
-    with device:
-        kernel[(programs,)](**arguments)
+    x = next(iter(tensors.values()))
+    if x.is_cuda:
+        _warn_of_compiler(x.device)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        kernel[(programs,)](**arguments, enable_fp_fusion=True)
+
+
+@cache
+def _warn_of_compiler(device: torch.device) -> None:
+    """Warn once of what is wrong with the code for a GPU."""
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        for fault in hopper_faults(triton.__version__, triton.knobs.nvidia.ptxas.version):
+            warnings.warn(fault, RuntimeWarning, stacklevel=2)
+
+
+def hopper_faults(triton_version: str, ptxas_version: str) -> list[str]:
+    """What is known to be wrong with the code that they make for sm_90, and the remedy."""
+    faults = []
+    if _numbers(triton_version) < (3, 7):
+        faults.append(
+            f"triton {triton_version} leaves out a fence between copies and the matrix products "
+            "that read them, so results on this GPU may be wrong: install triton 3.7 or later"
+        )
+    if _numbers(ptxas_version) < (13, 3):
+        faults.append(
+            f"ptxas {ptxas_version} may corrupt matrix products with an operand in registers on "
+            "this GPU: install triton 3.9 or later, or let TRITON_PTXAS_PATH name a ptxas of 13.3 "
+            "or later, as the wheels of nvidia-cuda-nvcc have one"
+        )
+    return faults
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """Major and minor."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _is_addressable(x: Tensor) -> bool:

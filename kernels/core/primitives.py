@@ -288,13 +288,57 @@ def softmax_step(scores, row_max_log2, row_sum, scale_log2):
     return weights, rescale, new_max_log2, row_sum * rescale + tl.sum(weights, 1)
 
 
+# The base-2 lse of fp32 queries has two parts, the second what rounding takes off the first; or
+# fp32 gradients would lose |lse| ulps. It is [B, H, parts, T].
+
+
+@triton.jit
+def at_lse(ptr, batch, head, heads, tokens, LSE_PARTS: tl.constexpr):
+    """Address of token 0 of one head's lse."""
+    return at_row_vector(ptr, batch, head * LSE_PARTS, heads * LSE_PARTS, tokens)
+
+
+@triton.jit
+def store_lse(
+    ptr, row_max_log2, row_sum, start, rows, BLOCK: tl.constexpr, LSE_PARTS: tl.constexpr
+):
+    """Write the lse of a tile of queries, of `rows` in all."""
+    rest_log2 = tl.log2(row_sum)
+    lse_log2 = row_max_log2 + rest_log2
+    store_vector(ptr, lse_log2, start, rows, BLOCK)
+    if LSE_PARTS == 2:
+        store_vector(ptr + rows, rest_log2 - (lse_log2 - row_max_log2), start, rows, BLOCK)
+
+
+@triton.jit
+def load_lse(ptr, start, rows, BLOCK: tl.constexpr, LSE_PARTS: tl.constexpr, AXIS: tl.constexpr):
+    """The parts of the lse, with a new axis for the keys."""
+    parts = ()
+    for part in tl.static_range(LSE_PARTS):
+        lse_log2 = load_vector(ptr + part * rows, start, rows, BLOCK)
+        parts = parts + (tl.expand_dims(lse_log2, AXIS),)
+    return parts
+
+
 @triton.jit
 def softmax_weights(scores, lse_log2, scale_log2):
     """P = exp2(scale_log2 scores - lse_log2), queries along either axis."""
-    return tl.exp2(scores * scale_log2 - lse_log2)
+    weights_log2 = scores * scale_log2 - lse_log2[0]
+    for part in tl.static_range(1, len(lse_log2)):
+        weights_log2 -= lse_log2[part]
+    return tl.exp2(weights_log2)
+
+
+@triton.jit
+def rounded(product):
+    """A product that no addition is fused with: lanes that share a sum would not agree on its bits.
+
+    Each of them would add what others have rounded to a product of its own that is not.
+    """
+    return product + 0.0
 
 
 @triton.jit
 def score_gradient(weights, dweights, delta):
     """dS / scale = P (dP - delta), where delta = <do, o> - dlse."""
-    return weights * (dweights - delta)
+    return rounded(weights * (dweights - delta))

@@ -64,6 +64,7 @@ class Problem(NamedTuple):
             "D_QK": d_qk,
             "D_V": d_v,
             "IS_VARLEN": packed is not None,
+            "LSE_PARTS": lse_parts(self.q),
             "PRECISION": dot_precision(self.q),
         }
 
@@ -110,6 +111,17 @@ def without_padding(x: Tensor, width: int) -> Tensor:
 def reach_behind(window_size: int | None) -> int:
     """How far before its own place a token sees."""
     return UNLIMITED if window_size is None else min(window_size, UNLIMITED) - 1
+
+
+def lse_parts(q: Tensor) -> int:
+    """How many fp32 numbers the lse of a query has: fp32 gradients need what rounding takes off."""
+    return 2 if q.dtype == torch.float32 else 1
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """An empty base-2 lse for queries q, [B, HQ, parts, Tq]."""
+    batches, tokens, heads, _ = q.shape
+    return q.new_empty(batches, heads, lse_parts(q), tokens, dtype=torch.float32)
 
 
 def log2_scale(scale: float) -> float:

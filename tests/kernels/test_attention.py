@@ -151,7 +151,7 @@ def test_nothing_is_quadratic_and_nothing_is_copied():
     assert ops.largest == tokens * 3 * 16
     assert not ops.names & {"clone", "copy_", "contiguous", "_to_copy"}
     shapes = [tuple(x.shape) for x in kept]
-    assert shapes == [tuple(x.shape) for x in (*leaves.values(), o)] + [(1, 3, tokens)]
+    assert shapes == [tuple(x.shape) for x in (*leaves.values(), o)] + [(1, 3, 2, tokens)]
     assert all(any(x.data_ptr() == y.data_ptr() for x in kept) for y in leaves.values())
 
 
@@ -176,6 +176,17 @@ def test_empty_tensors(shape):
     assert lse.shape == q.shape[:3] and lse.eq(-torch.inf).all()
     for x, dx in zip((q, k, v), torch.autograd.grad(o.sum(), (q, k, v)), strict=True):
         assert dx.shape == x.shape and dx.eq(0).all()
+
+
+def test_fp32_weights_lose_nothing_to_a_large_lse():
+    """Three equal keys weigh 1 / 3 each, however large their score."""
+    q = 40 * random(1, 50, 2, 16)
+    k, v = torch.ones_like(q), torch.zeros_like(q, requires_grad=True)
+    o = kernels.attention(q, k, v, window_size=3, impl="triton")
+    (dv,) = torch.autograd.grad(o, v, torch.ones_like(o))
+    torch.testing.assert_close(
+        dv[:, 2:48], torch.ones(1, 46, 2, 16, device=DEVICE), atol=3e-7, rtol=0
+    )
 
 
 @pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])

@@ -36,8 +36,7 @@ def attention_cases(draw):
         v_width=draw(WIDTHS),
         causal=causal,
         window_size=draw(st.none() | st.integers(1, 110)) if causal else None,
-        # Scores of 50 and more lose |lse| eps in any backward that keeps the lse in fp32.
-        scale=draw(st.none() | st.floats(0.01, 0.5)),
+        scale=draw(st.none() | st.floats(0.01, 10.0)),
         lengths=lengths,
         contiguous=draw(st.booleans()),
     )

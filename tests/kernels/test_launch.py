@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 import kernels
-from kernels.core.launch import launch
+from kernels.core.launch import hopper_faults, launch
 from kernels.core.primitives import cast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,6 +59,20 @@ def test_a_launch_runs_on_the_device_of_its_tensors():
     with mock.patch.object(torch.cuda, "device_of", recorder.device_of):
         launch(recorder, 5, x_ptr=x, y_ptr=None, n=7)
     assert recorder.devices == [x.device] and recorder.current is None
+
+
+@pytest.mark.parametrize(
+    ("versions", "named"),
+    [
+        (("3.6.0", "12.8"), ["triton 3.6.0", "ptxas 12.8"]),
+        (("3.7.1", "12.8"), ["ptxas 12.8"]),
+        (("3.8.0+git1", "13.3"), []),
+        (("3.10.0", "14.0"), []),
+    ],
+)
+def test_known_faults_of_compilers_are_named(versions, named):
+    faults = hopper_faults(*versions)
+    assert [fault[: len(name)] for fault, name in zip(faults, named, strict=True)] == named
 
 
 def test_no_program_is_no_launch():
