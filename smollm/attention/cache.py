@@ -52,8 +52,8 @@ class Cache:
         capacities = (max_tokens if w is None else min(w, max_tokens) for w in windows)
         self.layers = [LayerCache(self, capacity) for capacity in capacities]
 
-    def begin(self, lengths: Tensor, longest: int) -> Step:
-        """Announce `lengths[b]` <= longest new tokens of each sequence.
+    def begin(self, lengths: Tensor, longest: int, tokens: int) -> Step:
+        """Announce `lengths[b]` <= longest new tokens of each sequence, `tokens` in all.
 
         Raises:
             ValueError: more than max_tokens.
@@ -64,9 +64,9 @@ class Cache:
                 f"got {self._longest + longest}"
             )
         batch = torch.arange(len(lengths), device=lengths.device)
-        sequence = torch.repeat_interleave(batch, lengths)
+        sequence = torch.repeat_interleave(batch, lengths, output_size=tokens)
         first = lengths.cumsum(0) - lengths - self.lengths
-        position = torch.arange(len(sequence), device=lengths.device) - first[sequence]
+        position = torch.arange(tokens, device=lengths.device) - first[sequence]
         self._step = Step(sequence, position, self.lengths + lengths, longest, self.in_use)
         return self._step
 

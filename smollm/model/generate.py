@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
 
+STEPS_AT_ONCE = 16  # between two looks at a GPU, which each wait for it
 ROUNDING = 1e-6  # of sums of probabilities that were rounded to fp32
 
 
@@ -87,6 +88,7 @@ class Generator(nn.Module):
         mask = torch.cat((mask.long(), mask.new_ones(batch, max_new_tokens)), dim=1)
         finished = torch.zeros(batch, dtype=torch.bool, device=ids.device)
         cache = self.new_cache(batch, total) if use_cache else None
+        patience = 1 if ids.device.type == "cpu" else STEPS_AT_ONCE
 
         with evaluation_mode(self):
             for end in range(prompt, total):
@@ -98,7 +100,7 @@ class Generator(nn.Module):
                 ids[:, end] = torch.where(finished, filler, token)
                 if eos_token_id is not None:
                     finished = finished | (token == eos_token_id)
-                    if bool(finished.all()):
+                    if (end - prompt) % patience == 0 and bool(finished.all()):
                         break
         return ids
 

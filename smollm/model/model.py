@@ -194,7 +194,8 @@ class SmolLM(Generator):
         positions = token_positions(input_ids.shape[1], cu_seqlens, device=input_ids.device)
         if cache is not None:
             full = torch.full((batch,), tokens, dtype=torch.int32, device=input_ids.device)
-            step = cache.begin(full if packed is None else packed.lengths, tokens)
+            lengths = full if packed is None else packed.lengths
+            step = cache.begin(lengths, tokens, input_ids.numel())
             if step.decoding:
                 positions = step.position.view(batch, tokens)
 

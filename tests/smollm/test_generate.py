@@ -6,7 +6,9 @@ import pytest
 import torch
 from test_model import VOCAB, build
 from test_modules import MODULES, WIDTH, every_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import checks
 from smollm import (
     GroupedQueryAttention,
     MultiHeadAttention,
@@ -14,6 +16,7 @@ from smollm import (
     MultiHeadLatentAttention,
 )
 from smollm.model import generate
+from smollm.model import model as smollm_model
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 7])
@@ -37,6 +40,34 @@ def test_a_cache_in_use_takes_any_number_of_tokens(make, parts):
     cache = model.new_cache(2, 25)
     logits = [model(part, cache=cache)["logits"] for part in ids.split(parts, dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids)["logits"])
+
+
+class HostReads(TorchDispatchMode):
+    """Fails where an operator would wait for a GPU to tell a number, or the size of a result."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), name
+        assert name != "repeat_interleave" or kwargs.get("output_size") is not None
+        assert name != "index" or all(i is None or i.dtype != torch.bool for i in args[1])
+        return func(*args, **kwargs)
+
+
+@every_module
+def test_a_step_of_one_token_waits_for_no_number(make, monkeypatch):
+    """Past the window too, where a ring begins anew; checks look at values on a CPU alone."""
+    for module in (checks, smollm_model):
+        monkeypatch.setattr(module, "_readable", lambda x: False)
+    model = build(make()).eval()
+    ids = torch.randint(VOCAB, (2, 12))
+    cache = model.new_cache(2, 12)
+    with torch.no_grad():
+        model(ids[:, :3], cache=cache)
+        for t in range(3, 12):
+            with HostReads():
+                hidden, _ = model.encode(ids[:, t : t + 1], cache=cache)
+            assert hidden.shape[:2] == (2, 1)
 
 
 @every_module
