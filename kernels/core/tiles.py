@@ -174,6 +174,8 @@ def tile_width(arguments: dict[str, Any]) -> Width:
     """That of the wider of the rows that an attention kernel scores and of those that it sums."""
     d_qk, d_rope, d_v = (arguments[name] for name in ("D_QK", "D_ROPE", "D_V"))
     scored = padded_width(d_qk) + (padded_width(d_rope) if d_rope else 0)
+    if d_rope and scored == 128:  # in two parts, whose sums take more registers than those of one
+        scored = 192
     columns = max(scored, padded_width(d_v))
     rows = [x for x in arguments.values() if isinstance(x, Tensor) and x.dim() == 4]
     ragged = any(is_ragged(x) for x in rows)

@@ -155,11 +155,17 @@ def test_even_rows_are_no_copy():
     assert even.k.shape[-1] == 64 and even.v.shape[-1] == 80
 
 
-def width_of(d_qk=64, d_v=64, **rows):
+def width_of(d_qk=64, d_v=64, d_rope=0, **rows):
     """What `tile_width` makes of aligned rows, or of those given."""
     rows = dict.fromkeys("qkv", PLANES[..., :64]) | rows
     pointers = {f"{name}_ptr": x for name, x in rows.items()}
-    return tiles.tile_width(pointers | {"D_QK": d_qk, "D_ROPE": 0, "D_V": d_v})
+    return tiles.tile_width(pointers | {"D_QK": d_qk, "D_ROPE": d_rope, "D_V": d_v})
+
+
+def test_rows_of_two_parts_take_the_tiles_of_wider_ones():
+    assert width_of(128).columns == 128
+    assert width_of(64, d_rope=64).columns == 192
+    assert width_of(128, d_rope=64).columns == 192
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
