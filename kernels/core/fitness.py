@@ -10,47 +10,87 @@ from torch import Tensor
 from kernels.core import tiles
 from kernels.core.launch import launch
 from kernels.core.primitives import (
+    LOG2_E,
     at_row_vector,
     head_matrix,
-    load_rows,
-    load_vector,
     locate_program,
     main_width,
     padded_width,
+    partner_range,
+    reciprocal,
     rounded,
     scale_rows,
-    tile_partners,
 )
-from kernels.core.problem import Genes, is_ragged, reach_behind, sequence_bounds
+from kernels.core.problem import Genes, reach_behind, sequence_bounds
 from kernels.core.windows import (
     add_rows,
     express,
+    lie_between,
+    load_columns,
     load_halves,
+    load_summed,
     store_halves,
-    sum_tile,
+    store_totals,
     sum_windows,
+    tile_tokens,
     total_matrix,
 )
 
 
 @triton.jit
-def inside_columns(D: tl.constexpr):
-    """Which columns of each tile of rows of D columns are not padding.  # [1, WIDTH] each"""
+def inside_half(D: tl.constexpr):
+    """Which columns of each tile of D columns are not padding.  # [1, 1, WIDTH] each"""
     MAIN: tl.constexpr = main_width(D)
     REST: tl.constexpr = padded_width(D) - MAIN
-    inside = ((tl.arange(0, MAIN) < D)[None, :],)
+    inside = ((tl.arange(0, MAIN) < D)[None, None, :],)
     if REST:
-        inside = inside + ((tl.arange(0, REST) < D - MAIN)[None, :],)
+        inside = inside + ((tl.arange(0, REST) < D - MAIN)[None, None, :],)
     return inside
 
 
 @triton.jit
+def keep_columns(rows, filler, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr):
+    """The rows, with the filler where they are padding."""
+    inside = inside_half(D_FIRST)
+    if D_SECOND:
+        inside = inside + inside_half(D_SECOND)
+    result = ()
+    for part in tl.static_range(len(rows)):
+        result = result + (tl.where(inside[part], rows[part], filler),)
+    return result
+
+
+@triton.jit
+def sum_columns(rows):
+    """The sum over the columns of all tiles.  # [ROWS, SEGMENTS, 1]"""
+    columns, total = rows[0], 0.0
+    for part in tl.static_range(1, len(rows)):
+        if rows[part].shape[2] == columns.shape[2]:  # one sum over lanes for both
+            columns += rows[part]
+        else:
+            total += tl.sum(rows[part], 2)
+    return tl.expand_dims(total + tl.sum(columns, 2), 2)
+
+
+@triton.jit
+def most_of_columns(rows):
+    """The greatest element of all tiles.  # [ROWS, SEGMENTS, 1]"""
+    columns, most = rows[0], float("-inf")
+    for part in tl.static_range(1, len(rows)):
+        if rows[part].shape[2] == columns.shape[2]:
+            columns = tl.maximum(columns, rows[part])
+        else:
+            most = tl.maximum(most, tl.max(rows[part], 2))
+    return tl.expand_dims(tl.maximum(most, tl.max(columns, 2)), 2)
+
+
+@triton.jit
 def inner_product(a, b):
-    """<a, b> of each row.  # [BLOCK]"""
-    total = 0.0
+    """<a, b> of each row.  # [ROWS, SEGMENTS, 1]"""
+    products = ()
     for part in tl.static_range(len(a)):
-        total += tl.sum(rounded(a[part] * b[part]), 1)
-    return total
+        products = products + (rounded(a[part] * b[part]),)
+    return sum_columns(products)
 
 
 @triton.jit
@@ -66,75 +106,79 @@ def rotate(rows, cos, sin):
 
 
 @triton.jit
-def load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK: tl.constexpr, D: tl.constexpr):
+def load_rotation(
+    cos_ptr, sin_ptr, start, tokens, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr
+):
     """Rows of the contiguous rotary tables [T, D], where D is half a head's width."""
-    cos = load_rows((cos_ptr, D, tokens), start, BLOCK, D)
-    return cos, load_rows((sin_ptr, D, tokens), start, BLOCK, D)
+    kept = lie_between(start, 0, tokens, BLOCK, SEGMENTS)
+    cos = load_columns((cos_ptr, D, tokens), 0, start, kept, BLOCK, SEGMENTS, D)
+    return cos, load_columns((sin_ptr, D, tokens), 0, start, kept, BLOCK, SEGMENTS, D)
 
 
 @triton.jit
-def closed_form(u, logits, inside, HAS_ENVIRONMENT: tl.constexpr):
-    """gamma = u eps / sum_D u eps, with eps = sigmoid(logits), or 1 without an environment.
+def closed_form(
+    commonness, logits,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, HAS_ENVIRONMENT: tl.constexpr,
+):  # fmt: skip
+    """gamma = u eps / sum_D u eps, u = 1 / commonness, eps = sigmoid(logits) or, without them, 1.
 
     eps is taken times exp(-c), c = min(0, max_D logits), or all of a row might underflow.
     """
     if HAS_ENVIRONMENT:
-        most = tl.max(tl.where(inside[0], logits[0], float("-inf")), 1)
-        for part in tl.static_range(1, len(logits)):
-            most = tl.maximum(most, tl.max(tl.where(inside[part], logits[part], float("-inf")), 1))
-        c = tl.minimum(most[:, None], 0.0)
-    weights, total = (), 0.0
-    for part in tl.static_range(len(u)):
-        weight = u[part]
+        known = keep_columns(logits, float("-inf"), D_FIRST, D_SECOND)
+        c = tl.minimum(most_of_columns(known), 0.0)
+    weights = ()
+    for part in tl.static_range(len(commonness)):
+        rarity = commonness[part]
         if HAS_ENVIRONMENT:
-            weight /= tl.exp(c) + tl.exp(c - logits[part])
-        weights = weights + (tl.where(inside[part], weight, 0.0),)
-        total += tl.sum(weights[part], 1)
-    return scale_rows(weights, tl.expand_dims(1.0 / total, 1))
+            rarity *= tl.exp2(c * LOG2_E) + tl.exp2((c - logits[part]) * LOG2_E)
+        weights = weights + (reciprocal(rarity),)
+    weights = keep_columns(weights, 0.0, D_FIRST, D_SECOND)
+    return scale_rows(weights, reciprocal(sum_columns(weights)))
 
 
 @triton.jit
 def window_fitness(
     g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
-    BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
-    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, ARE_RUNS: tl.constexpr,
 ):  # fmt: skip
-    """gamma, u and n of a tile, whose windows reach `behind` tokens back."""
+    """gamma, phi + 1/2, p and 1 / n of a tile, whose windows reach `behind` tokens back."""
     tokens = g_matrix[2]
-    reach = tokens, 0, behind, 0, bounds_ptr
-    first, end = tile_partners(start, tokens, reach, BLOCK, IS_VARLEN)
+    genes = express(load_halves(g_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND))
     sums = sum_windows(
-        g_matrix, totals, start, reach, first, end,
-        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, True,
+        g_matrix, genes, totals, start, behind, bounds_ptr,
+        BLOCK, SEGMENTS, D_FIRST, D_SECOND, IS_VARLEN, ARE_RUNS, True, True,
     )  # fmt: skip
-    population = (end - first).to(tl.float32)[:, None]
-    u = ()
+    position = tl.minimum(tile_tokens(start, BLOCK, SEGMENTS), tokens - 1)
+    first, end = partner_range(position, (tokens, 0, behind, 0, bounds_ptr), IS_VARLEN)
+    population = (end - first).to(tl.float32)[:, :, None]
+    share = reciprocal(population)
+    commonness = ()
     for part in tl.static_range(len(sums)):
-        u = u + (1.0 / (sums[part] / population + 0.5),)
+        commonness = commonness + (sums[part] * share + 0.5,)
     logits = None
     if HAS_ENVIRONMENT:
-        logits = load_halves(logits_matrix, start, BLOCK, D_FIRST, D_SECOND)
-    inside = inside_columns(D_FIRST)
-    if D_SECOND:
-        inside = inside + inside_columns(D_SECOND)
-    gamma = closed_form(u, logits, inside, HAS_ENVIRONMENT)
-    return gamma, u, population
+        logits = load_halves(logits_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    gamma = closed_form(commonness, logits, D_FIRST, D_SECOND, HAS_ENVIRONMENT)
+    return gamma, commonness, genes, share
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def totals_kernel(
     g_ptr, totals_ptr, g_strides, batches, heads, tokens, blocks,
-    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Sum of the genes of BLOCK tokens of one head.
 
     Grid: (blocks * B * H,).
     """
     block, batch, head = locate_program(batches, heads)
+    start = block * BLOCK
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
-    genes = express(load_halves(g_matrix, block * BLOCK, BLOCK, D_FIRST, D_SECOND))
+    genes = load_summed(g_matrix, start, 0, tokens, BLOCK, SEGMENTS, D_FIRST, D_SECOND, True)
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    store_halves(totals, sum_tile(genes), block, 1, D_FIRST, D_SECOND)
+    store_totals(totals, genes, block, D_FIRST, D_SECOND)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
@@ -142,9 +186,9 @@ def fitness_kernel(
     g_ptr, logits_ptr, pressure_ptr, cos_ptr, sin_ptr, totals_ptr, bounds_ptr, q_ptr, k_ptr,
     g_strides, logits_strides, q_strides, k_strides,
     batches, heads, tokens, blocks, behind, scale,
-    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    IS_ROTARY: tl.constexpr,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, ARE_RUNS: tl.constexpr,
+    SELECTS: tl.constexpr, IS_ROTARY: tl.constexpr,
 ):  # fmt: skip
     """gamma = u eps / sum_D u eps for BLOCK tokens of one head, where u = 1 / (phi + 1/2).
 
@@ -156,20 +200,19 @@ def fitness_kernel(
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    q, _, _ = window_fitness(
+    q, _, k, _ = window_fitness(
         g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
-        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN,
+        BLOCK, SEGMENTS, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, ARE_RUNS,
     )  # fmt: skip
     if SELECTS:
         q = scale_rows(q, tl.load(pressure_ptr + head).to(tl.float32) * scale)
-        k = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
         if IS_ROTARY:
-            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, D_FIRST)
+            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k_matrix = head_matrix(k_ptr, k_strides, batch, head, tokens)
-        store_halves(k_matrix, k, start, BLOCK, D_FIRST, D_SECOND)
+        store_halves(k_matrix, k, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
     q_matrix = head_matrix(q_ptr, q_strides, batch, head, tokens)
-    store_halves(q_matrix, q, start, BLOCK, D_FIRST, D_SECOND)
+    store_halves(q_matrix, q, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
@@ -178,9 +221,9 @@ def share_kernel(
     dq_ptr, excess_ptr, dlogits_ptr, dpressure_ptr, share_ptr, share_totals_ptr,
     g_strides, logits_strides, dq_strides, dlogits_strides, share_strides,
     batches, heads, tokens, blocks, behind, scale,
-    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    IS_ROTARY: tl.constexpr,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, ARE_RUNS: tl.constexpr,
+    SELECTS: tl.constexpr, IS_ROTARY: tl.constexpr,
 ):  # fmt: skip
     """What each of BLOCK tokens of one head owes every token of its window: dphi / n.
 
@@ -188,46 +231,45 @@ def share_kernel(
     For a selection dgamma = kappa scale R^-1 dq; these tokens' dkappa is scale <R^-1 dq, gamma>.
     Grid: (blocks * B * H,).
     """
-    D: tl.constexpr = D_FIRST + D_SECOND
     block, batch, head = locate_program(batches, heads)
     start = block * BLOCK
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
-    totals = total_matrix(totals_ptr, batch, head, heads, blocks, D)
-    gamma, u, population = window_fitness(
+    totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
+    gamma, commonness, genes, one_share = window_fitness(
         g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
-        BLOCK, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN,
+        BLOCK, SEGMENTS, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, ARE_RUNS,
     )  # fmt: skip
     dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, tokens)
-    dgamma = load_halves(dq_matrix, start, BLOCK, D_FIRST, D_SECOND)
+    dgamma = load_halves(dq_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
     if SELECTS:
         if IS_ROTARY:
-            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, D_FIRST)
+            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
             dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
         excess_ptr = at_row_vector(excess_ptr, batch, head, heads, tokens)
-        excess = load_vector(excess_ptr, start, tokens, BLOCK)
-        genes = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+        token = tile_tokens(start, BLOCK, SEGMENTS)
+        excess = tl.load(excess_ptr + token, mask=token < tokens, other=0.0)[:, :, None]
         # All scores of a row are much like its token's own, which dS of sum 0 would cancel.
         dkappa = inner_product(dgamma, gamma) - excess * inner_product(genes, gamma)
         dpressure_ptr = at_row_vector(dpressure_ptr, batch, head, heads, blocks)
-        tl.store(dpressure_ptr + block, tl.sum(dkappa, 0) * scale)
+        tl.store(dpressure_ptr + block, tl.sum(dkappa) * scale)
         dgamma = scale_rows(dgamma, tl.load(pressure_ptr + head).to(tl.float32) * scale)
-    mean = inner_product(dgamma, gamma)[:, None]
+    mean = inner_product(dgamma, gamma)
     dl, share = (), ()
     for part in tl.static_range(len(gamma)):
         dl = dl + (gamma[part] * (dgamma[part] - mean),)
-        share = share + (-u[part] * dl[part] / population,)
+        share = share + (-dl[part] * reciprocal(commonness[part]) * one_share,)
     share_matrix = head_matrix(share_ptr, share_strides, batch, head, tokens)
-    store_halves(share_matrix, share, start, BLOCK, D_FIRST, D_SECOND)
-    share_totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D)
-    store_halves(share_totals, sum_tile(share), block, 1, D_FIRST, D_SECOND)
+    store_halves(share_matrix, share, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    share_totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
+    store_totals(share_totals, share, block, D_FIRST, D_SECOND)
     if HAS_ENVIRONMENT:
-        logits = load_halves(logits_matrix, start, BLOCK, D_FIRST, D_SECOND)
+        logits = load_halves(logits_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
         dlogits = ()
         for part in tl.static_range(len(dl)):
-            dlogits = dlogits + (tl.sigmoid(-logits[part]) * dl[part],)
+            dlogits = dlogits + (reciprocal(1.0 + tl.exp2(logits[part] * LOG2_E)) * dl[part],)
         dlogits_matrix = head_matrix(dlogits_ptr, dlogits_strides, batch, head, tokens)
-        store_halves(dlogits_matrix, dlogits, start, BLOCK, D_FIRST, D_SECOND)
+        store_halves(dlogits_matrix, dlogits, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "behind"])
@@ -235,9 +277,9 @@ def dg_kernel(
     g_ptr, cos_ptr, sin_ptr, dk_ptr, share_ptr, share_totals_ptr, kin_ptr, dg_ptr, bounds_ptr,
     g_strides, dk_strides, share_strides, kin_strides, dg_strides,
     batches, heads, tokens, blocks, behind,
-    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr,
-    ARE_KIN: tl.constexpr, IS_VARLEN: tl.constexpr, SELECTS: tl.constexpr,
-    IS_ROTARY: tl.constexpr,
+    D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    ARE_KIN: tl.constexpr, IS_VARLEN: tl.constexpr, ARE_RUNS: tl.constexpr,
+    SELECTS: tl.constexpr, IS_ROTARY: tl.constexpr,
 ):  # fmt: skip
     """dg = p (1 - p) dp for BLOCK tokens of one head, plus the gradient of their kin's eps.
 
@@ -246,32 +288,31 @@ def dg_kernel(
     """
     block, batch, head = locate_program(batches, heads)
     start = block * BLOCK
-    reach = tokens, 0, 0, behind, bounds_ptr  # a window looks back, its gradient ahead
-    first, end = tile_partners(start, tokens, reach, BLOCK, IS_VARLEN)
     share_matrix = head_matrix(share_ptr, share_strides, batch, head, tokens)
     totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    dp = sum_windows(
-        share_matrix, totals, start, reach, first, end,
-        BLOCK, D_FIRST, D_SECOND, IS_VARLEN, False,
+    share = load_halves(share_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    dp = sum_windows(  # a window looks back, its gradient ahead
+        share_matrix, share, totals, start, behind, bounds_ptr,
+        BLOCK, SEGMENTS, D_FIRST, D_SECOND, IS_VARLEN, ARE_RUNS, False, False,
     )  # fmt: skip
     if SELECTS:
-        dk = load_halves(
-            head_matrix(dk_ptr, dk_strides, batch, head, tokens), start, BLOCK, D_FIRST, D_SECOND
-        )
+        dk_matrix = head_matrix(dk_ptr, dk_strides, batch, head, tokens)
+        dk = load_halves(dk_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
         if IS_ROTARY:
-            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, D_FIRST)
+            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
             dk = rotate(dk, cos, scale_rows(sin, -1.0))
         dp = add_rows(dp, dk)
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
-    genes = express(load_halves(g_matrix, start, BLOCK, D_FIRST, D_SECOND))
+    genes = express(load_halves(g_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND))
     dg = ()
     for part in tl.static_range(len(dp)):
         dg = dg + (dp[part] * genes[part] * (1.0 - genes[part]),)
     if ARE_KIN:
         kin_matrix = head_matrix(kin_ptr, kin_strides, batch, head, tokens)
-        dg = add_rows(dg, load_halves(kin_matrix, start, BLOCK, D_FIRST, D_SECOND))
+        kin = load_halves(kin_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+        dg = add_rows(dg, kin)
     dg_matrix = head_matrix(dg_ptr, dg_strides, batch, head, tokens)
-    store_halves(dg_matrix, dg, start, BLOCK, D_FIRST, D_SECOND)
+    store_halves(dg_matrix, dg, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
 
 
 def launch_fitness(genes: Genes) -> tuple[Tensor, Tensor]:
@@ -335,8 +376,7 @@ def _row_arguments(genes: Genes) -> tuple[int, dict[str, Any]]:
     """How many programs, and the keyword arguments that all kernels with windows have in common."""
     g, cos, sin, packed = genes.g, genes.cos, genes.sin, genes.cu_seqlens
     batches, tokens, heads, width = g.shape
-    ragged = any(is_ragged(x) for x in (g, genes.e) if x is not None)
-    tile = tiles.choose("fitness", g, tiles.Width(padded_width(width), ragged))
+    tile = tiles.choose("fitness", g, tiles.Width(padded_width(width), plain=False))
     blocks = triton.cdiv(tokens, tile.block_m)
     return blocks * batches * heads, {
         "g_ptr": g,
@@ -351,9 +391,11 @@ def _row_arguments(genes: Genes) -> tuple[int, dict[str, Any]]:
         "D_FIRST": width - width // 2,
         "D_SECOND": width // 2,
         "IS_VARLEN": packed is not None,
+        "ARE_RUNS": packed is None and genes.window_size >= tile.block_m,
         "SELECTS": genes.pressure is not None,
         "IS_ROTARY": cos is not None,
         "BLOCK": tile.block_m,
+        "SEGMENTS": tile.num_warps,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "maxnreg": tile.max_registers,
@@ -366,7 +408,7 @@ def _window_arguments(programs: int, rows: dict[str, Any], genes: Genes) -> dict
     batches, _, heads, width = g.shape
     totals = g.new_empty(batches, heads, rows["blocks"], width, dtype=torch.float32)
     of_totals = ("g_ptr", "batches", "heads", "tokens", "blocks", "D_FIRST", "D_SECOND", "BLOCK",
-                 "num_warps", "num_stages")  # fmt: skip
+                 "SEGMENTS", "num_warps", "num_stages")  # fmt: skip
     launch(totals_kernel, programs, **{name: rows[name] for name in of_totals}, totals_ptr=totals)
     logits = g if e is None else e  # eps is sigmoid(e), or sigmoid(g), or neither is read
     return {

@@ -30,10 +30,22 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to an ulp, in one instruction; 0 where it would be subnormal."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def locate_program(batches, heads):
     """(tile, batch, head) of this program; heads run fastest, so a group shares its keys in L2."""
     program = tl.program_id(0)
-    return program // (heads * batches), program // heads % batches, program % heads
+    rest = program // heads
+    tile = rest // batches
+    return tile, rest - tile * batches, program - rest * heads
 
 
 @triton.jit
@@ -214,6 +226,16 @@ def load_vector(ptr, start, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sequence_of(position, tokens, bounds_ptr, IS_VARLEN: tl.constexpr):
+    """Where the packed sequence of the tokens at `position` begins and ends."""
+    if IS_VARLEN:
+        first, end = tl.load(bounds_ptr + position), tl.load(bounds_ptr + tokens + position)
+    else:
+        first, end = 0, tokens
+    return first, end
+
+
+@triton.jit
 def partner_range(position, reach, IS_VARLEN: tl.constexpr):
     """The interval [first, end) of tokens that those at `position` meet.
 
@@ -227,10 +249,7 @@ def partner_range(position, reach, IS_VARLEN: tl.constexpr):
             the distances; int32 [2, T], where each token's sequence begins and ends.
     """
     partners, shift, behind, ahead, bounds_ptr = reach
-    if IS_VARLEN:
-        first, end = tl.load(bounds_ptr + position), tl.load(bounds_ptr + partners + position)
-    else:
-        first, end = 0, partners
+    first, end = sequence_of(position, partners, bounds_ptr, IS_VARLEN)
     place = position + shift
     return tl.maximum(place - behind, first), tl.minimum(place + ahead + 1, end)
 

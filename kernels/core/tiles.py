@@ -53,14 +53,7 @@ DECODE = roomy(
         576: Tile(32, 16, 8, 2),
     }
 )
-FITNESS = {
-    64: Tile(32, 32, 4, 1),
-    96: Tile(16, 16, 8, 1),
-    128: Tile(32, 32, 4, 1),
-    256: Tile(32, 32, 8, 1, 255),
-}
-# 128 registers let a second program of 8 warps in, more loads on their way.
-LARGE_FITNESS = FITNESS | {64: Tile(64, 64, 8, 1, 128), 96: Tile(64, 64, 8, 1)}
+FITNESS = {64: Tile(32, 32, 4, 1, 96), 256: Tile(16, 16, 4, 1)}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
         "forward": {
@@ -101,7 +94,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
-        "fitness": LARGE_FITNESS,
+        "fitness": FITNESS,
     },
     100: {
         "forward": {
@@ -118,7 +111,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         },
         "dkdv": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 2)},
         "decode": DECODE,
-        "fitness": LARGE_FITNESS,
+        "fitness": FITNESS | {64: Tile(32, 32, 4, 1, 104)},
     },
     120: {
         "forward": {
@@ -151,7 +144,7 @@ PLAIN: Table = {
     "dq": roomy({64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "dkdv": roomy({64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
-    "fitness": roomy({256: Tile(16, 16, 8, 1)}),
+    "fitness": FITNESS,
 }
 INTERPRETER: dict[Direction, Tile] = {
     "forward": Tile(64, 32, 4, 1),

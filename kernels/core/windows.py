@@ -1,64 +1,141 @@
 """Sums over the window of each token, of rows of any width in two halves.
 
-A windowed sum runs over the interval of tokens that `primitives.partner_range` gives, as attention
-does: tiles at its edges are masked, and of those in its interior only the totals are read. Nothing
-is ever subtracted, so no token outside a window changes a bit of its sum.
+A tile of tokens is [ROWS, SEGMENTS, WIDTH]: a segment of ROWS successive tokens for each warp, of
+which a thread holds whole columns, so that only the totals of segments ever travel between threads.
+
+The windows of a run of tokens, of one sequence and no more of them than a window holds, have three
+parts, drawn for four tokens that look nine back:
+
+    token 0  x x x x | x x x x x | x
+    token 1    x x x | x x x x x | x x
+    token 2      x x | x x x x x | x x x
+    token 3        x | x x x x x | x x x x
+              far       between    near
+
+Near are sums that run forward over the run itself, far those that run backward over the tokens that
+lie nine before it. All see what is between, totals of whole tiles and rows that fill none.
+
+One that looks ahead, as gradients do, is the mirror image. Nothing is ever subtracted, so no token
+outside a window changes a bit of its sum.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.core.primitives import (
-    dot,
-    load_rows,
-    meets,
-    plan_tiles,
-    store_joint_rows,
-    zero_rows,
+    INTERPRETED,
+    LOG2_E,
+    cast,
+    main_width,
+    padded_width,
+    reciprocal,
+    sequence_of,
+    zero_joint_rows,
 )
 
-TOTALS_AT_ONCE = tl.constexpr(16)
-BITS = tl.constexpr(3)  # bf16 numbers of 8 bits that make up an fp32 number of 24
-
-# Rows are two halves, which a rotation mixes and windowed sums take in turn, to save registers.
+# Rows are two halves, which a rotation mixes, each in one or two tiles side by side.
 
 
 @triton.jit
-def halves(matrix, D_FIRST: tl.constexpr):
-    """A matrix as two, its first D_FIRST columns and the others."""
-    ptr, stride, rows = matrix
-    return matrix, (ptr + D_FIRST, stride, rows)
+def tile_tokens(start, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The tokens of a tile, segment after segment.  # [ROWS, SEGMENTS]"""
+    ROWS: tl.constexpr = BLOCK // SEGMENTS
+    return start + tl.arange(0, ROWS)[:, None] + tl.arange(0, SEGMENTS)[None, :] * ROWS
 
 
 @triton.jit
-def load_half(matrix, start, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Rows start, start + 1, ... in fp32, zero where the matrix ends."""
-    rows = load_rows(matrix, start, BLOCK, D)
-    result = ()
-    for part in tl.static_range(len(rows)):
-        result = result + (rows[part].to(tl.float32),)
-    return result
+def lie_between(start, begin, end, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Which tokens of a tile lie in [begin, end).  # [ROWS, SEGMENTS, 1]"""
+    ROWS: tl.constexpr = BLOCK // SEGMENTS
+    row, segment = tl.arange(0, ROWS)[:, None], start + tl.arange(0, SEGMENTS)[None, :] * ROWS
+    return ((row >= begin - segment) & (row < end - segment))[:, :, None]
 
 
 @triton.jit
-def load_halves(
-    matrix, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
+def tile_place(
+    matrix, column, start, kept,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Such rows, the tiles of the first half before those of the second."""
-    first, second = halves(matrix, D_FIRST)
-    rows = load_half(first, start, BLOCK, D_FIRST)
-    if D_SECOND:
-        rows = rows + load_half(second, start, BLOCK, D_SECOND)
+    """Addresses of a tile, and which of its elements are in rows that are kept and in a column.
+
+    A column that is said to have no neighbours gets a thread of its own, whose rows then are at
+    constant distances.
+    """
+    ROWS: tl.constexpr = BLOCK // SEGMENTS
+    ptr, stride, _ = matrix
+    lane = tl.max_contiguous(tl.arange(0, WIDTH), 1)[None, None, :]
+    segment = tl.arange(0, SEGMENTS)[None, :, None] * ROWS
+    ptr += tl.cast(start, tl.int64) * stride + column
+    place = (ptr + (segment * stride + lane)) + tl.arange(0, ROWS)[:, None, None] * stride
+    return place, kept & (tl.arange(0, WIDTH) < COLUMNS)[None, None, :]
+
+
+@triton.jit
+def load_columns(
+    matrix, column, start, kept, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr
+):
+    """D columns of a tile in fp32, zero in rows that are not kept."""
+    MAIN: tl.constexpr = main_width(D)
+    REST: tl.constexpr = padded_width(D) - MAIN
+    place, mask = tile_place(matrix, column, start, kept, BLOCK, SEGMENTS, D, MAIN)
+    rows = (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
+    if REST:
+        column += MAIN
+        place, mask = tile_place(matrix, column, start, kept, BLOCK, SEGMENTS, D - MAIN, REST)
+        rows = rows + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
     return rows
 
 
 @triton.jit
+def store_columns(
+    matrix, rows, column, start, kept,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write such rows in the matrix's type."""
+    MAIN: tl.constexpr = main_width(D)
+    REST: tl.constexpr = padded_width(D) - MAIN
+    dtype: tl.constexpr = matrix[0].dtype.element_ty
+    place, mask = tile_place(matrix, column, start, kept, BLOCK, SEGMENTS, D, MAIN)
+    tl.store(place, cast(rows[0], dtype), mask=mask)
+    if REST:
+        column += MAIN
+        place, mask = tile_place(matrix, column, start, kept, BLOCK, SEGMENTS, D - MAIN, REST)
+        tl.store(place, cast(rows[1], dtype), mask=mask)
+
+
+@triton.jit
+def load_kept(
+    matrix, start, kept,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+):  # fmt: skip
+    """A tile of both halves, those of the first before those of the second."""
+    rows = load_columns(matrix, 0, start, kept, BLOCK, SEGMENTS, D_FIRST)
+    if D_SECOND:
+        rows = rows + load_columns(matrix, D_FIRST, start, kept, BLOCK, SEGMENTS, D_SECOND)
+    return rows
+
+
+@triton.jit
+def load_halves(
+    matrix, start,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+):  # fmt: skip
+    """All of such a tile that lies inside the matrix."""
+    kept = lie_between(start, 0, matrix[2], BLOCK, SEGMENTS)
+    return load_kept(matrix, start, kept, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+
+
+@triton.jit
 def store_halves(
-    matrix, rows, start, BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr
-):
-    """Write such rows."""
-    first, second = halves(matrix, D_FIRST)
-    store_joint_rows(first, second, rows, start, BLOCK, D_FIRST, D_SECOND)
+    matrix, rows, start,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+):  # fmt: skip
+    """Write it."""
+    PARTS: tl.constexpr = 2 if padded_width(D_FIRST) > main_width(D_FIRST) else 1
+    kept = lie_between(start, 0, matrix[2], BLOCK, SEGMENTS)
+    store_columns(matrix, rows, 0, start, kept, BLOCK, SEGMENTS, D_FIRST)
+    if D_SECOND:
+        store_columns(matrix, rows[PARTS:], D_FIRST, start, kept, BLOCK, SEGMENTS, D_SECOND)
 
 
 @triton.jit
@@ -68,12 +145,39 @@ def total_matrix(ptr, batch, head, heads, blocks, D: tl.constexpr):
 
 
 @triton.jit
+def store_totals(totals, rows, block, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr):
+    """Write the sum of a tile's rows as one row."""
+    total = ()
+    for part in tl.static_range(len(rows)):
+        total = total + (tl.sum(tl.sum(rows[part], 0), 0)[None, None, :],)
+    store_halves(totals, total, block, 1, 1, D_FIRST, D_SECOND)
+
+
+@triton.jit
 def express(logits):
     """p = sigmoid(g)."""
     genes = ()
     for part in tl.static_range(len(logits)):
-        genes = genes + (tl.sigmoid(logits[part]),)
+        genes = genes + (reciprocal(1.0 + tl.exp2(logits[part] * -LOG2_E)),)
     return genes
+
+
+@triton.jit
+def keep_rows(rows, kept):
+    """The rows that are kept, zeros for others."""
+    result = ()
+    for part in tl.static_range(len(rows)):
+        result = result + (tl.where(kept, rows[part], 0.0),)
+    return result
+
+
+@triton.jit
+def sum_rows(rows):
+    """The sum of each segment.  # [SEGMENTS, WIDTH] each"""
+    sums = ()
+    for part in tl.static_range(len(rows)):
+        sums = sums + (tl.sum(rows[part], 0),)
+    return sums
 
 
 @triton.jit
@@ -86,84 +190,139 @@ def add_rows(a, b):
 
 
 @triton.jit
-def sum_tile(rows):
-    """The sum of a tile's rows.  # [1, WIDTH] each"""
-    total = ()
-    for part in tl.static_range(len(rows)):
-        total = total + (tl.sum(rows[part], 0)[None, :],)
-    return total
-
-
-@triton.jit
-def add_seen(sums, seen, rows):
-    """sums + seen rows: products with 0 and 1 of parts that lose no bit of the rows."""
-    seen = seen.to(tl.float32).to(tl.bfloat16)  # the interpreter knows no shorter way
-    result = ()
-    for part in tl.static_range(len(rows) - 1, -1, -1):  # as in `accumulate`
-        total, rest = sums[part], rows[part]
-        for _ in tl.static_range(BITS):
-            piece = rest.to(tl.bfloat16)
-            total = dot(seen, piece, total, "ieee")
-            rest -= piece.to(tl.float32)
-        result = (total,) + result
-    return result
-
-
-@triton.jit
-def phases(bounds, BLOCK: tl.constexpr):
-    """Bounds (begin, inner, edge, end) of the tiles, at multiples of their size, of a plan.
-
-    Those of the left edge [begin, inner) and of the right one [edge, end) need a mask, those of
-    the interior [inner, edge) meet all tokens whose plan it is.
-    """
-    begin, inner_begin, inner_end, end = bounds
-    begin = begin // BLOCK * BLOCK
-    inner = tl.cdiv(tl.minimum(tl.maximum(inner_begin, begin), tl.maximum(end, begin)), BLOCK)
-    edge = inner + tl.maximum(tl.minimum(inner_end, end) // BLOCK - inner, 0)
-    return begin, inner * BLOCK, edge * BLOCK, end
-
-
-@triton.jit
-def sum_windows_of_half(
-    matrix, totals, bounds, first, end,
-    BLOCK: tl.constexpr, D: tl.constexpr, ARE_GENES: tl.constexpr,
+def load_summed(
+    matrix, start, begin, end,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+    ARE_GENES: tl.constexpr,
 ):  # fmt: skip
-    """`sum_windows` of D columns, between the bounds of `phases`."""
-    sums = zero_rows(BLOCK, D)
+    """A tile of what is summed, of logits their genes, zero outside rows [begin, end)."""
+    kept = lie_between(start, begin, end, BLOCK, SEGMENTS)
+    rows = load_kept(matrix, start, kept, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    if ARE_GENES:
+        rows = keep_rows(express(rows), kept)
+    return rows
+
+
+@triton.jit
+def sum_between(
+    matrix, totals, begin, end,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+    ARE_GENES: tl.constexpr,
+):  # fmt: skip
+    """The sum of rows [begin, end), of whole tiles their totals.  # [SEGMENTS, WIDTH] each"""
+    sums = zero_joint_rows(SEGMENTS, D_FIRST, D_SECOND)
+    first_block, end_block = tl.cdiv(begin, BLOCK), end // BLOCK
+    for block in range(first_block, end_block, BLOCK):
+        rows = load_summed(
+            totals, block, block, end_block, BLOCK, SEGMENTS, D_FIRST, D_SECOND, False
+        )
+        sums = add_rows(sums, sum_rows(rows))
+    head_end = tl.minimum(first_block * BLOCK, end)
+    tail = tl.maximum(end_block * BLOCK, head_end)
     for side in tl.static_range(2):
-        for other in range(bounds[2 * side], bounds[2 * side + 1], BLOCK):
-            rows = load_half(matrix, other, BLOCK, D)
-            if ARE_GENES:
-                rows = express(rows)
-            sums = add_seen(sums, meets(first, end, other, BLOCK), rows)
-    interior = totals[0], totals[1], bounds[2] // BLOCK
-    for block in range(bounds[1] // BLOCK, bounds[2] // BLOCK, TOTALS_AT_ONCE):
-        rows = load_half(interior, block, TOTALS_AT_ONCE, D)
-        sums = add_rows(sums, sum_tile(rows))
+        rest_begin, rest_end = (tail, end) if side else (begin, head_end)
+        if rest_begin < rest_end:  # at most a tile of them
+            rows = load_summed(
+                matrix, rest_begin, rest_begin, rest_end,
+                BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES,
+            )  # fmt: skip
+            sums = add_rows(sums, sum_rows(rows))
     return sums
 
 
 @triton.jit
-def sum_windows(
-    matrix, totals, start, reach, first, end,
-    BLOCK: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
-    IS_VARLEN: tl.constexpr, ARE_GENES: tl.constexpr,
+def running_sum(rows, FORWARD: tl.constexpr):
+    """For each row the sum of its segment up to it, or from it on; itself included."""
+    if FORWARD or INTERPRETED:
+        return tl.cumsum(rows, 0, reverse=not FORWARD)
+    return tl.flip(tl.cumsum(tl.flip(rows, 0), 0), 0)  # compiled, a scan in reverse is shuffles
+
+
+@triton.jit
+def sum_others(before, after, between, SEGMENTS: tl.constexpr):
+    """For each segment the sum of `before` of those before it, `after` of those behind, and all of
+    `between`.  # [SEGMENTS, WIDTH]
+    """
+    segment = tl.arange(0, SEGMENTS)
+    here, there = segment[:, None, None], segment[None, :, None]
+    others = tl.where(there < here, before[None], tl.where(there > here, after[None], 0.0))
+    sums = tl.sum(others + between[None], 1)
+    return tl.sum(tl.where(here == there, sums[:, None], 0.0), 0)  # each keeps its own
+
+
+@triton.jit
+def sum_run(
+    sums, matrix, own, totals, start, begin, run_end, first, end, behind,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+    ARE_GENES: tl.constexpr, LOOKS_BACK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the tokens [first, end) that each token of a tile meets.
+    """`sums`, with those of the windows of a run [begin, run_end) of the sequence [first, end)."""
+    if LOOKS_BACK:
+        shift = -behind
+        split = tl.maximum(tl.minimum(run_end - behind, begin), first)
+        far_begin, far_end = tl.maximum(begin - behind, first), split
+        between_begin, between_end = split, begin
+    else:
+        shift = behind
+        split = tl.minimum(tl.maximum(begin + behind, run_end), end)
+        far_begin, far_end = split, tl.minimum(run_end + behind, end)
+        between_begin, between_end = run_end, split
+    in_run = lie_between(start, begin, run_end, BLOCK, SEGMENTS)
+    near = keep_rows(own, in_run)
+    far = load_summed(
+        matrix, start + shift, far_begin, far_end, BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES
+    )
+    between = sum_between(
+        matrix, totals, between_begin, between_end,
+        BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES,
+    )  # fmt: skip
+    near_totals, far_totals = sum_rows(near), sum_rows(far)
+    result = ()
+    for part in tl.static_range(len(own)):
+        if LOOKS_BACK:
+            before, after = near_totals[part], far_totals[part]
+        else:
+            before, after = far_totals[part], near_totals[part]
+        others = sum_others(before, after, between[part], SEGMENTS)
+        near_sums = running_sum(near[part], LOOKS_BACK)
+        far_sums = running_sum(far[part], not LOOKS_BACK)
+        window = near_sums + far_sums + others[None]
+        result = result + (tl.where(in_run, window, sums[part]),)
+    return result
+
+
+@triton.jit
+def sum_windows(
+    matrix, own, totals, start, behind, bounds_ptr,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
+    IS_VARLEN: tl.constexpr, ARE_RUNS: tl.constexpr,
+    ARE_GENES: tl.constexpr, LOOKS_BACK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the window of each token of a tile, itself and `behind` others on one side.
 
     Args:
         matrix: what is summed, of logits their genes.
+        own: its rows of this tile, in fp32, of logits their genes.
         totals: their sums over every BLOCK tokens.
-        start, reach, first, end: the tile, `partner_range`'s argument, and its result.
+        start: the tile.
+        bounds_ptr: int32 [2, T], where each token's packed sequence begins and ends.
+        ARE_RUNS: whether every tile is one run.
     """
-    bounds = phases(plan_tiles(start, matrix[2], reach, BLOCK, IS_VARLEN), BLOCK)
-    first_half, second_half = halves(matrix, D_FIRST)
-    first_totals, second_totals = halves(totals, D_FIRST)
-    sums = sum_windows_of_half(
-        first_half, first_totals, bounds, first, end, BLOCK, D_FIRST, ARE_GENES
-    )
-    if D_SECOND:
-        sums = sums + sum_windows_of_half(
-            second_half, second_totals, bounds, first, end, BLOCK, D_SECOND, ARE_GENES
-        )
+    tokens = matrix[2]
+    stop = tl.minimum(start + BLOCK, tokens)
+    if ARE_RUNS:
+        sums = sum_run(
+            own, matrix, own, totals, start, start, stop, 0, tokens, behind,
+            BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES, LOOKS_BACK,
+        )  # fmt: skip
+    else:
+        sums, begin = own, start
+        while begin < stop:
+            first, end = sequence_of(begin, tokens, bounds_ptr, IS_VARLEN)
+            run_end = tl.minimum(tl.minimum(begin + behind + 1, end), stop)
+            sums = sum_run(
+                sums, matrix, own, totals, start, begin, run_end, first, end, behind,
+                BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES, LOOKS_BACK,
+            )  # fmt: skip
+            begin = run_end
     return sums
