@@ -128,6 +128,17 @@ def test_a_tile_with_a_fault_fails_the_report(change, fault, tmp_path, monkeypat
     assert line in summary.read_text().splitlines()
 
 
+def test_host_times_are_of_every_op():
+    done = python("-m", "bench.bench_host", "--rounds", "1", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    bare, *ops = done.stdout.splitlines()[2:]
+    assert bare.split()[-1] == "1.0"
+    assert {line.split()[0] for line in ops} == {
+        "attention", "latent_attention", "genetic_attention", "attention_decode", "latent_decode",
+    }  # fmt: skip
+    assert all(float(line.split()[-1]) > 1 for line in ops)
+
+
 def test_cache_bytes_are_those_of_the_rows_that_are_seen():
     case = DecodeCase("x", (40, 3), q_heads=6, k_heads=2, v_heads=1, width=16, window_size=10)
     assert costs.cache_bytes(case) == 2 * (10 + 3) * (2 * 16 + 16)
