@@ -1,7 +1,6 @@
 """Every argument contract of the public ops, and the text of every refusal.
 
-Shapes are written as space-separated symbols, `"B T HK D_QK"`. A symbol takes its size from the
-first tensor that carries it, and every later tensor must agree.
+What tensors must have in common is checked by `kernels.tensors`.
 """
 
 import os
@@ -12,12 +11,21 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from kernels.tensors import (
+    KERNEL_FLOATS,
+    Sizes,
+    alike,
+    floating,
+    head_groups,
+    multiple,
+    same_device,
+    shape,
+    tensor,
+)
+
 Impl = Literal["auto", "eager", "triton"]
 Environment = Literal["query", "kin", "none"]
-Sizes = dict[str, int]
 
-_KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_FLOATS = (*_KERNEL_FLOATS, torch.float64)
 _MAX_TOKENS = 2**30  # positions and windows add up inside int32
 _INTEGERS: tuple[Any, ...] = (Integral, torch.SymInt)
 _MAX_SCALE = 2.0**127  # to base 2 it is finite in fp32 still
@@ -39,15 +47,15 @@ def attention(
 ) -> None:
     """Check the arguments of `kernels.attention`."""
     sizes: Sizes = {}
-    _shape("q", q, "B Tq HQ D_QK", sizes)
-    _shape("k", k, "B Tk HK D_QK", sizes)
-    _shape("v", v, "B Tk HV D_V", sizes)
-    _head_groups(sizes)
+    shape("q", q, "B Tq HQ D_QK", sizes)
+    shape("k", k, "B Tk HK D_QK", sizes)
+    shape("v", v, "B Tk HV D_V", sizes)
+    head_groups(sizes)
     if sinks is not None:
-        _shape("sinks", sinks, "HQ", sizes)
-    _alike(q=q, k=k, v=v)
-    _same_device(q=q, sinks=sinks)
-    _floating("sinks", sinks)
+        shape("sinks", sinks, "HQ", sizes)
+    alike(q=q, k=k, v=v)
+    same_device(q=q, sinks=sinks)
+    floating("sinks", sinks)
     _causal(causal)
     _window(window_size, causal)
     _scale(scale)
@@ -72,14 +80,14 @@ def latent_attention(
 ) -> None:
     """Check the arguments of `kernels.latent_attention`."""
     sizes: Sizes = {}
-    _shape("q_nope", q_nope, "B T H D_NOPE", sizes)
-    _shape("k_nope", k_nope, "B T H D_NOPE", sizes)
-    _shape("v", v, "B T H D_V", sizes)
+    shape("q_nope", q_nope, "B T H D_NOPE", sizes)
+    shape("k_nope", k_nope, "B T H D_NOPE", sizes)
+    shape("v", v, "B T H D_V", sizes)
     _rope_pair("q_rope", q_rope, "k_rope", k_rope)
     if q_rope is not None and k_rope is not None:
-        _shape("q_rope", q_rope, "B T H D_ROPE", sizes)
-        _shape("k_rope", k_rope, "B T D_ROPE", sizes)
-    _alike(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
+        shape("q_rope", q_rope, "B T H D_ROPE", sizes)
+        shape("k_rope", k_rope, "B T D_ROPE", sizes)
+    alike(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
     _causal(causal)
     _window(window_size, causal)
     _scale(scale)
@@ -96,7 +104,7 @@ def gene_fitness(
 ) -> None:
     """Check the arguments of `kernels.gene_fitness`."""
     sizes: Sizes = {}
-    _shape("g", g, "B T H D", sizes)
+    shape("g", g, "B T H D", sizes)
     if environment not in get_args(Environment):
         raise ValueError(
             f"environment: expected one of {get_args(Environment)}, got {environment!r}"
@@ -106,8 +114,8 @@ def gene_fitness(
         got = "None" if e is None else f"a tensor {list(e.shape)}"
         raise ValueError(f"e: expected {expected} for environment={environment!r}, got {got}")
     if e is not None:
-        _shape("e", e, "B T H D", sizes)
-    _alike(g=g, e=e)
+        shape("e", e, "B T H D", sizes)
+    alike(g=g, e=e)
     if window_size is None:
         raise ValueError("window_size: expected an integer >= 1 (the population), got None")
     _window(window_size, causal=True)
@@ -128,13 +136,13 @@ def genetic_attention(
     """Check the arguments of `kernels.genetic_attention`."""
     gene_fitness(g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens)
     sizes: Sizes = {}
-    _shape("g", g, "B T H D", sizes)
-    _shape("v", v, "B T HV D_V", sizes)
-    _multiple("H", "HV", sizes)
-    _shape("selection_pressure", selection_pressure, "H", sizes)
-    _alike(g=g, v=v)
-    _floating("selection_pressure", selection_pressure)
-    _same_device(g=g, selection_pressure=selection_pressure)
+    shape("g", g, "B T H D", sizes)
+    shape("v", v, "B T HV D_V", sizes)
+    multiple("H", "HV", sizes)
+    shape("selection_pressure", selection_pressure, "H", sizes)
+    alike(g=g, v=v)
+    floating("selection_pressure", selection_pressure)
+    same_device(g=g, selection_pressure=selection_pressure)
     if rope is not None:
         if sizes["D"] % 2:
             raise ValueError(f"rope: expected an even width D to rotate, got D={sizes['D']}")
@@ -142,9 +150,9 @@ def genetic_attention(
         if len(rope) != 2:
             raise ValueError(f"rope: expected a pair (cos, sin), got {len(rope)} tables")
         for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
-            _shape(name, table, "T D/2", sizes)
-            _floating(name, table)
-            _same_device(**{"g": g, name: table})
+            shape(name, table, "T D/2", sizes)
+            floating(name, table)
+            same_device(**{"g": g, name: table})
 
 
 def attention_decode(
@@ -159,15 +167,15 @@ def attention_decode(
 ) -> None:
     """Check the arguments of `kernels.attention_decode`."""
     sizes: Sizes = {}
-    _shape("q", q, "B HQ D_QK" if q.dim() == 3 else "B Tq HQ D_QK", sizes)
-    _shape("k_cache", k_cache, "B S HK D_QK", sizes)
-    _shape("v_cache", v_cache, "B S HV D_V", sizes)
-    _head_groups(sizes)
+    shape("q", q, "B HQ D_QK" if q.dim() == 3 else "B Tq HQ D_QK", sizes)
+    shape("k_cache", k_cache, "B S HK D_QK", sizes)
+    shape("v_cache", v_cache, "B S HV D_V", sizes)
+    head_groups(sizes)
     if sinks is not None:
-        _shape("sinks", sinks, "HQ", sizes)
-    _alike(q=q, k_cache=k_cache, v_cache=v_cache)
-    _same_device(q=q, sinks=sinks)
-    _floating("sinks", sinks)
+        shape("sinks", sinks, "HQ", sizes)
+    alike(q=q, k_cache=k_cache, v_cache=v_cache)
+    same_device(q=q, sinks=sinks)
+    floating("sinks", sinks)
     _cache_lengths(cache_lengths, sizes, q.device)
     _window(window_size, causal=True)
     _scale(scale)
@@ -186,13 +194,13 @@ def latent_decode(
     """Check the arguments of `kernels.latent_decode`."""
     sizes: Sizes = {}
     tokens = "" if q_latent.dim() == 3 else "Tq "
-    _shape("q_latent", q_latent, f"B {tokens}H D_LATENT", sizes)
-    _shape("latent_cache", latent_cache, "B S D_LATENT", sizes)
+    shape("q_latent", q_latent, f"B {tokens}H D_LATENT", sizes)
+    shape("latent_cache", latent_cache, "B S D_LATENT", sizes)
     _rope_pair("q_rope", q_rope, "rope_cache", rope_cache)
     if q_rope is not None and rope_cache is not None:
-        _shape("q_rope", q_rope, f"B {tokens}H D_ROPE", sizes)
-        _shape("rope_cache", rope_cache, "B S D_ROPE", sizes)
-    _alike(q_latent=q_latent, q_rope=q_rope, latent_cache=latent_cache, rope_cache=rope_cache)
+        shape("q_rope", q_rope, f"B {tokens}H D_ROPE", sizes)
+        shape("rope_cache", rope_cache, "B S D_ROPE", sizes)
+    alike(q_latent=q_latent, q_rope=q_rope, latent_cache=latent_cache, rope_cache=rope_cache)
     _cache_lengths(cache_lengths, sizes, q_latent.device)
     _window(window_size, causal=True)
     _scale(scale)
@@ -244,8 +252,8 @@ def implementation(
             f"before the start), got tensors on {device}"
         )
     for name, x in given.items():
-        if x.dtype not in _KERNEL_FLOATS:
-            raise TypeError(f"{name}: expected one of {_KERNEL_FLOATS} for Triton, got {x.dtype}")
+        if x.dtype not in KERNEL_FLOATS:
+            raise TypeError(f"{name}: expected one of {KERNEL_FLOATS} for Triton, got {x.dtype}")
         if not 1 <= x.shape[-1] <= widest:
             raise ValueError(
                 f"{name}: expected a width of 1 to {widest} for Triton, got {x.shape[-1]}"
@@ -278,61 +286,6 @@ def _joint_width(name: str, q: Tensor, q_rope: Tensor, most: int) -> None:
 def _interpreting() -> bool:
     """Whether Triton runs its interpreter on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-def _shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
-    """Match x against its symbols, learning the sizes of those not seen before."""
-    names = symbols.split()
-    _tensor(name, x)
-    known = [sizes.get(symbol) for symbol in names]
-    if x.dim() != len(names) or any(
-        size is not None and size != actual for size, actual in zip(known, x.shape, strict=True)
-    ):
-        expected = ", ".join(
-            symbol if size is None else f"{symbol}={size}"
-            for symbol, size in zip(names, known, strict=True)
-        )
-        raise ValueError(f"{name}: expected [{expected}], got {list(x.shape)}")
-    sizes.update(zip(names, x.shape, strict=True))
-
-
-def _head_groups(sizes: Sizes) -> None:
-    _multiple("HQ", "HK", sizes)
-    _multiple("HK", "HV", sizes)
-
-
-def _multiple(many: str, few: str, sizes: Sizes) -> None:
-    if sizes[few] == 0 or sizes[many] % sizes[few]:
-        raise ValueError(
-            f"heads: expected {many} a multiple of {few}, got {many}={sizes[many]}, "
-            f"{few}={sizes[few]}"
-        )
-
-
-def _alike(**tensors: Tensor | None) -> None:
-    """All floating, of one type, on one device; the first tensor sets both."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first, reference = next(iter(given.items()))
-    _same_device(**given)
-    for name, x in given.items():
-        _floating(name, x)
-        if x.dtype != reference.dtype:
-            raise TypeError(f"{name}: expected {first}'s type {reference.dtype}, got {x.dtype}")
-
-
-def _floating(name: str, x: Tensor | None) -> None:
-    if x is not None and x.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating type {_FLOATS}, got {x.dtype}")
-
-
-def _same_device(**tensors: Tensor | None) -> None:
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first, reference = next(iter(given.items()))
-    for name, x in given.items():
-        if x.device != reference.device:
-            raise ValueError(
-                f"{name}: expected {first}'s device {reference.device}, got {x.device}"
-            )
 
 
 def _causal(causal: bool) -> None:
@@ -369,7 +322,7 @@ def _rope_pair(q_name: str, q_rope: Tensor | None, k_name: str, k_rope: Tensor |
 
 
 def _cache_lengths(cache_lengths: Tensor, sizes: Sizes, device: torch.device) -> None:
-    _shape("cache_lengths", cache_lengths, "B", sizes)
+    shape("cache_lengths", cache_lengths, "B", sizes)
     _offsets_form("cache_lengths", cache_lengths, device)
     if _readable(cache_lengths) and cache_lengths.numel():
         low, high = int(cache_lengths.min()), int(cache_lengths.max())
@@ -380,13 +333,8 @@ def _cache_lengths(cache_lengths: Tensor, sizes: Sizes, device: torch.device) ->
             )
 
 
-def _tensor(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-
-
 def _offsets_form(name: str, x: Tensor, device: torch.device) -> None:
-    _tensor(name, x)
+    tensor(name, x)
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: expected torch.int32, got {x.dtype}")
     if x.device != device:

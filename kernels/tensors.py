@@ -1,0 +1,87 @@
+"""Checks of what the tensors of one call must have in common: sizes, types and devices.
+
+Shapes are written as space-separated symbols, `"B T HK D_QK"`. A symbol takes its size from the
+first tensor that carries it, and every later tensor must agree.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sizes = dict[str, int]
+KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_FLOATS = (*KERNEL_FLOATS, torch.float64)
+
+
+def shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
+    """Match x against its symbols, learning the sizes of those not seen before.
+
+    Raises:
+        ValueError, TypeError: other sizes, or no tensor.
+    """
+    names = symbols.split()
+    tensor(name, x)
+    known = [sizes.get(symbol) for symbol in names]
+    if x.dim() != len(names) or any(
+        size is not None and size != actual for size, actual in zip(known, x.shape, strict=True)
+    ):
+        expected = ", ".join(
+            symbol if size is None else f"{symbol}={size}"
+            for symbol, size in zip(names, known, strict=True)
+        )
+        raise ValueError(f"{name}: expected [{expected}], got {list(x.shape)}")
+    sizes.update(zip(names, x.shape, strict=True))
+
+
+def tensor(name: str, x: Any) -> None:
+    """Refuse what is no tensor, with a TypeError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
+def multiple(many: str, few: str, sizes: Sizes) -> None:
+    """Refuse with a ValueError a number of heads that another one does not divide."""
+    if sizes[few] == 0 or sizes[many] % sizes[few]:
+        raise ValueError(
+            f"heads: expected {many} a multiple of {few}, got {many}={sizes[many]}, "
+            f"{few}={sizes[few]}"
+        )
+
+
+def head_groups(sizes: Sizes) -> None:
+    """Heads of queries share those of keys in equal groups, and those of keys those of values."""
+    multiple("HQ", "HK", sizes)
+    multiple("HK", "HV", sizes)
+
+
+def alike(**tensors: Tensor | None) -> None:
+    """All floating, of one type, on one device; the first tensor sets both.
+
+    Raises:
+        ValueError, TypeError: another device; another type.
+    """
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first, reference = next(iter(given.items()))
+    same_device(**given)
+    for name, x in given.items():
+        floating(name, x)
+        if x.dtype != reference.dtype:
+            raise TypeError(f"{name}: expected {first}'s type {reference.dtype}, got {x.dtype}")
+
+
+def floating(name: str, x: Tensor | None) -> None:
+    """Refuse a tensor of integers with a TypeError."""
+    if x is not None and x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a floating type {_FLOATS}, got {x.dtype}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """Refuse a tensor on another device than the first one's with a ValueError."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first, reference = next(iter(given.items()))
+    for name, x in given.items():
+        if x.device != reference.device:
+            raise ValueError(
+                f"{name}: expected {first}'s device {reference.device}, got {x.device}"
+            )
