@@ -33,6 +33,7 @@ from kernels.core.backward import launch_backward
 from kernels.core.decode import launch_decode
 from kernels.core.fitness import launch_fitness, launch_fitness_backward
 from kernels.core.forward import launch_forward
+from kernels.core.gene_decode import launch_gene_decode
 from kernels.core.primitives import padded_width
 from kernels.core.problem import Genes, Problem
 
@@ -222,6 +223,16 @@ def fitness_rows(arch: int, width: int, dtype: torch.dtype, packed: bool = False
     return rows[:forward] + rows[forward + 1 :]  # the backward sums up the genes once more
 
 
+def gene_decode_rows(arch: int, width: int, dtype: torch.dtype) -> list[Row]:
+    """Compile the kernel of MGA's decoding: 9 heads, rotary, in the query's environment."""
+    g, ring = _meta(8, 1, 9, width, dtype=dtype), _meta(8, 1024, 9, width, dtype=dtype)
+    pressure, table = (_meta(*n, dtype=torch.float32) for n in ((9,), (8, 1, width // 2)))
+    lengths = _meta(8, dtype=torch.int32)
+    with compiling(arch) as rows:
+        launch_gene_decode(g, g, pressure, table, table, ring, lengths, 1000, "query")
+    return rows
+
+
 def compiled_rows(
     arch: int, dtype: torch.dtype, width: int, rope: int, packed: bool = False
 ) -> list[Row]:
@@ -233,6 +244,7 @@ def compiled_rows(
         rows += decode_rows(arch, width, dtype, rope)
     if shape in EVERY_WIDTH:
         rows += fitness_rows(arch, width, dtype, packed)
+        rows += [] if packed else gene_decode_rows(arch, width, dtype)
     return rows
 
 

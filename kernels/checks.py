@@ -138,9 +138,44 @@ def genetic_attention(
     sizes: Sizes = {}
     shape("g", g, "B T H D", sizes)
     shape("v", v, "B T HV D_V", sizes)
+    alike(g=g, v=v)
+    _selection(g, selection_pressure, rope, "T D/2", sizes)
+
+
+def genetic_decode(
+    g: Tensor,
+    e: Tensor | None,
+    selection_pressure: Tensor,
+    g_cache: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    window_size: int | None,
+    environment: str,
+    rope: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Check the arguments of `kernels.genetic_decode`."""
+    gene_fitness(g, e, window_size=window_size, environment=environment, cu_seqlens=None)
+    sizes: Sizes = {}
+    shape("g", g, "B Tq H D", sizes)
+    shape("g_cache", g_cache, "B S H D", sizes)
+    shape("k_cache", k_cache, "B S H D", sizes)
+    shape("v_cache", v_cache, "B S HV D_V", sizes)
+    alike(g=g, g_cache=g_cache, k_cache=k_cache, v_cache=v_cache)
+    _selection(g, selection_pressure, rope, "B Tq D/2", sizes)
+    _cache_lengths(cache_lengths, sizes, g.device)
+
+
+def _selection(
+    g: Tensor,
+    selection_pressure: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    table_symbols: str,
+    sizes: Sizes,
+) -> None:
     multiple("H", "HV", sizes)
     shape("selection_pressure", selection_pressure, "H", sizes)
-    alike(g=g, v=v)
     floating("selection_pressure", selection_pressure)
     same_device(g=g, selection_pressure=selection_pressure)
     if rope is not None:
@@ -150,7 +185,7 @@ def genetic_attention(
         if len(rope) != 2:
             raise ValueError(f"rope: expected a pair (cos, sin), got {len(rope)} tables")
         for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
-            shape(name, table, "T D/2", sizes)
+            shape(name, table, table_symbols, sizes)
             floating(name, table)
             same_device(**{"g": g, name: table})
 

@@ -1,4 +1,4 @@
-"""attention_decode() and latent_decode(): new tokens of each sequence against its cache."""
+"""attention_decode(), latent_decode() and genetic_decode(): new tokens against caches."""
 
 from typing import Any
 
@@ -33,6 +33,31 @@ def _decode(
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
     values = k_cache if v_cache is None else v_cache
     return q.new_empty(*q.shape[:3], values.shape[-1])
+
+
+@torch.library.custom_op("smollm_attention::gene_decode", mutates_args=())
+def _gene_decode(
+    g: Tensor,
+    e: Tensor | None,
+    pressure: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    g_cache: Tensor,
+    cache_lengths: Tensor,
+    window_size: int,
+    environment: str,
+) -> Tensor:
+    """q [B, Tq, H, D] of MGA's selection."""
+    from kernels.core.gene_decode import launch_gene_decode
+
+    return launch_gene_decode(
+        g, e, pressure, cos, sin, g_cache, cache_lengths, window_size, environment
+    )
+
+
+@_gene_decode.register_fake
+def _(g: Tensor, *_: Any) -> Tensor:
+    return g.new_empty(g.shape)
 
 
 @without_autocast
@@ -173,4 +198,83 @@ def latent_decode(
         cache_lengths,
         window_size=window_size,
         scale=scale,
+    )
+
+
+@without_autocast
+def genetic_decode(
+    g: Tensor,
+    e: Tensor | None,
+    selection_pressure: Tensor,
+    g_cache: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    window_size: int,
+    environment: checks.Environment = "query",
+    rope: tuple[Tensor, Tensor] | None = None,
+    impl: checks.Impl = "auto",
+) -> Tensor:
+    """MGA's newest tokens select from a cache of genes, of their keys and of values.
+
+        s_ij = kappa_h sqrt(D) <R_i gamma_i, k_j>
+        o_i  = sum_{j in W(i)} softmax_j(s_ij) v_j
+
+    with the gamma of `gene_fitness` over W(i), the rows that `attention_decode` shows a token in a
+    window. Positions, rows and lengths are those of `attention_decode`, the new tokens' rows are in
+    the cache already, and head h selects from value head h // (H / HV).
+
+    Args:
+        g: [B, Tq, H, D], logits of the genes of each sequence's newest Tq tokens.
+        e: [B, Tq, H, D], logits of the environment, for "query" only; else None.
+        selection_pressure: kappa [H], positive.
+        g_cache: [B, S, H, D], logits of the genes of all tokens.
+        k_cache: [B, S, H, D], their keys, as `gene_keys` makes them.
+        v_cache: [B, S, HV, D_V], values, H a multiple of HV.
+        cache_lengths: int32 [B], tokens of each sequence so far, those of g included. A token
+            before position 0 sees nothing: o = 0.
+        window_size: tokens in a full window, the token itself included. Required.
+        environment: "query" (default), "kin" or "none".
+        rope: (cos, sin) of the new tokens, each [B, Tq, D/2] fp32, or None (default).
+        impl: as in `attention_decode`.
+
+    Returns:
+        [B, Tq, H, D_V] in g's type.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its contract.
+    """
+    checks.genetic_decode(
+        g,
+        e,
+        selection_pressure,
+        g_cache,
+        k_cache,
+        v_cache,
+        cache_lengths,
+        window_size=window_size,
+        environment=environment,
+        rope=rope,
+    )
+    window_size = checks.bounded(window_size)
+    inputs = {"g": g, "e": e, "g_cache": g_cache, "k_cache": k_cache, "v_cache": v_cache}
+    if checks.implementation(impl, inputs) == "triton":
+        cos, sin = (None, None) if rope is None else rope
+        q = _gene_decode(
+            g, e, selection_pressure, cos, sin, g_cache, cache_lengths, window_size, environment
+        )
+        o: Tensor = _decode(q, k_cache, v_cache, None, None, cache_lengths, None, window_size, 1.0)
+        return o
+    return reference.genetic_decode(
+        g,
+        e,
+        selection_pressure,
+        g_cache,
+        k_cache,
+        v_cache,
+        cache_lengths,
+        window_size=window_size,
+        environment=environment,
+        rope=rope,
     )

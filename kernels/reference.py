@@ -122,11 +122,16 @@ def attention_decode(
             sinks=sinks,
         )
         return one[:, 0]
-    q_pos = cache_lengths[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)
-    k_pos = ring_positions(cache_lengths, k_cache.shape[1])
-    seen = visible(q_pos, k_pos, window_size=window_size) & (k_pos >= 0)[:, None]  # [B, Tq, S]
+    seen = _seen_rows(cache_lengths, q.shape[1], k_cache.shape[1], window_size)
     o, _ = _attend(q, k_cache, v_cache, seen, scale, sinks)
     return o
+
+
+def _seen_rows(lengths: Tensor, q_tokens: int, rows: int, window_size: int | None) -> Tensor:
+    """Which rows of its sequence's ring each of the newest tokens sees, boolean [B, Tq, rows]."""
+    q_pos = lengths[:, None] - q_tokens + torch.arange(q_tokens, device=lengths.device)
+    k_pos = ring_positions(lengths, rows)
+    return visible(q_pos, k_pos, window_size=window_size) & (k_pos >= 0)[:, None]
 
 
 def ring_positions(lengths: Tensor, rows: int) -> Tensor:
@@ -253,14 +258,60 @@ def genetic_attention(
     gamma = gene_fitness(
         g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
     )
-    q = gamma * selection_pressure[:, None] * g.shape[-1] ** 0.5
-    k = torch.sigmoid(g.to(gamma.dtype))
-    if rope is not None:
-        cos, sin = (table.detach() for table in rope)  # constants, as to the kernels
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    q, k = q.to(g.dtype), k.to(g.dtype)
+    q, k = _gene_queries(gamma, selection_pressure, rope).to(g.dtype), gene_keys(g, rope)
     o, _ = attention(q, k, v, window_size=window_size, scale=1.0, cu_seqlens=cu_seqlens)
     return o
+
+
+def genetic_decode(
+    g: Tensor,
+    e: Tensor | None,
+    selection_pressure: Tensor,
+    g_cache: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    window_size: int,
+    environment: str = "query",
+    rope: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """MGA's newest tokens against their cache: oracle of `kernels.genetic_decode`."""
+    seen = _seen_rows(cache_lengths, g.shape[1], g_cache.shape[1], window_size)
+    genes = torch.sigmoid(g_cache.to(_accumulator(g)))
+    genes = genes.masked_fill(~seen.any(dim=1)[..., None, None], 0.0)
+    share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True).clamp(min=1)
+    total = _product(share, rearrange(genes, "b s h d -> b s (h d)"))
+    gamma = closed_form_fitness(total.reshape(g.shape), g, e, environment=environment)
+    q = _gene_queries(gamma, selection_pressure, rope).to(g.dtype)
+    return attention_decode(q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=1.0)
+
+
+@without_autocast
+def gene_keys(g: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """k = R sigmoid(g): genes as the keys of MGA's selection, rounded once.
+
+    Args:
+        g: [B, T, H, D], logits of the genes.
+        rope: (cos, sin) as `rotate` takes them, or None (default) for no rotation.
+
+    Returns:
+        [B, T, H, D] in g's type.
+    """
+    k = torch.sigmoid(g.to(_accumulator(g)))
+    return (k if rope is None else rotate(k, *_constant(rope))).to(g.dtype)
+
+
+def _gene_queries(
+    gamma: Tensor, selection_pressure: Tensor, rope: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    q = gamma * selection_pressure[:, None] * gamma.shape[-1] ** 0.5
+    return q if rope is None else rotate(q, *_constant(rope))
+
+
+def _constant(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tables without gradients, as to the kernels."""
+    return rope[0].detach(), rope[1].detach()
 
 
 class _Product(torch.autograd.Function):

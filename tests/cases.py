@@ -490,3 +490,72 @@ GENETIC_CASES = [
         lengths=(66, 1, 13),
     ),
 ]
+
+
+@dataclass(frozen=True)
+class GeneticDecodeCase(DecodeCase):
+    """Shapes and arguments of one call of `kernels.genetic_decode`, of q_heads heads."""
+
+    environment: str = "query"
+    rotary: bool = True
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the op takes beside tensors."""
+        return {"window_size": self.window_size, "environment": self.environment}
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
+        """Fresh random tensors by argument name, but for the rotary `tables`."""
+        batch, heads, how = len(self.lengths), self.q_heads, (dtype, device, self.contiguous)
+        genes = batch, self.q_tokens or 1, heads, self.width
+        ring = batch, self.rows, heads, self.width
+        v_heads = heads if self.v_heads is None else self.v_heads
+        v_width = self.width if self.v_width is None else self.v_width
+        return {
+            "g": _random(genes, *how),
+            "e": _random(genes, *how) if self.environment == "query" else None,
+            "selection_pressure": 1 + 4 * torch.rand(heads, device=device),
+            "g_cache": 3 * _random(ring, *how),
+            "k_cache": _random(ring, *how),
+            "v_cache": _random((batch, self.rows, v_heads, v_width), *how),
+            "cache_lengths": torch.tensor(self.lengths, dtype=torch.int32, device=device),
+        }
+
+    def tables(self, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) of each new token's place in its sequence."""
+        if not self.rotary:
+            return None
+        tokens = self.q_tokens or 1
+        ends = torch.tensor(self.lengths, device=device)[:, None]
+        positions = ends - tokens + torch.arange(tokens, device=device)
+        return rotary_tables(positions, self.width, theta=100_000.0)
+
+
+GENETIC_DECODE_CASES = [
+    GeneticDecodeCase("smollm", (97, 32, 1, 0), 32, q_heads=9, v_heads=3, window_size=32),
+    GeneticDecodeCase("window-1", (50, 1, 0), width=16, window_size=1),
+    GeneticDecodeCase("window-in-ring", (70, 129, 3, 0), 50, width=32, window_size=20),
+    GeneticDecodeCase("window-over-S", (30, 64, 100), width=16, window_size=1000),
+    GeneticDecodeCase("window-over-tiles", (700, 40, 301), 300, width=64, window_size=290),
+    GeneticDecodeCase("ring-late", (2**30, 2**30 - 7), 50, width=16, window_size=20),
+    GeneticDecodeCase("ring-of-one-row", (1, 9), 1, width=16, window_size=4),
+    *(
+        GeneticDecodeCase(f"tokens-{t}", (100, t, 3, 0), 64, t, q_heads=1, width=16, window_size=45)
+        for t in (2, 5, 16)
+    ),
+    GeneticDecodeCase(
+        "tokens-ring-too-small", (40, 17), 16, 20, q_heads=1, width=16, window_size=10
+    ),
+    *(
+        GeneticDecodeCase(
+            f"{environment}-plain", width=32, window_size=20, environment=environment, rotary=False
+        )
+        for environment in ("query", "kin", "none")
+    ),
+    GeneticDecodeCase("kin", (70, 3), q_tokens=3, width=32, window_size=20, environment="kin"),
+    GeneticDecodeCase("none", (70, 3), q_tokens=3, width=32, window_size=20, environment="none"),
+    *(GeneticDecodeCase(f"width-{d}", width=d, window_size=9, rotary=False) for d in (1, 5)),
+    *(GeneticDecodeCase(f"width-{d}", width=d, window_size=9) for d in (2, 6, 40, 96, 128, 256)),
+    GeneticDecodeCase("width-32-v-80", width=32, v_width=80, window_size=9),
+    GeneticDecodeCase("strided", (50, 64), q_tokens=2, window_size=20, contiguous=False),
+]

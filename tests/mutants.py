@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRIMITIVES, FORWARD, BACKWARD, DECODE, FITNESS, WINDOWS, PROBLEM, OP = (
+PRIMITIVES, FORWARD, BACKWARD, DECODE, GENE_DECODE, FITNESS, WINDOWS, PROBLEM, OP = (
     f"kernels/{name}.py"
     for name in (
-        "core/primitives", "core/forward", "core/backward", "core/decode", "core/fitness",
-        "core/windows", "core/problem", "attention",
+        "core/primitives", "core/forward", "core/backward", "core/decode", "core/gene_decode",
+        "core/fitness", "core/windows", "core/problem", "attention",
     )
 )  # fmt: skip
 MUTANTS = {
@@ -62,6 +62,20 @@ MUTANTS = {
     "decode: splits not weighed": (DECODE, "partial * tl.exp2(part_log2 - lse_log2)[:, None]",
                                    "partial / splits"),
     "decode: wrong value head": (DECODE, "k_head * v_heads // k_heads", "k_head % v_heads"),
+    "genes: newest left out": (GENE_DECODE, "token + 1\n", "token\n"),
+    "genes: window off by one": (GENE_DECODE, "end - window,", "end - window - 1,"),
+    "genes: overwritten rows counted": (GENE_DECODE, "length - capacity)", "-capacity)"),
+    "genes: ring not turned": (GENE_DECODE, "begin, stop = 0, rest", "begin, stop = 0, 0"),
+    "genes: rows behind the window": (GENE_DECODE, "start, begin, stop, BLOCK",
+                                      "start, 0, capacity, BLOCK"),
+    "genes: a tile replaces the last": (GENE_DECODE, "add_rows(sums, sum_rows(genes))",
+                                        "sum_rows(genes)"),
+    "genes: every window full": (GENE_DECODE, "tl.maximum(end - first, 1)",
+                                 "(0 * end + window)"),
+    "genes: one environment for all": (GENE_DECODE, "load_halves(logits_matrix, token",
+                                       "load_halves(logits_matrix, 0"),
+    "genes: one pressure for all": (GENE_DECODE, "pressure_ptr + head", "pressure_ptr"),
+    "genes: one rotation for all": (GENE_DECODE, "sin_ptr + table, token,", "sin_ptr + table, 0,"),
     "fitness: a total too many": (WINDOWS, "begin, BLOCK), end // BLOCK",
                                   "begin, BLOCK), end // BLOCK + 1"),
     "fitness: a total too early": (WINDOWS, "tl.cdiv(begin, BLOCK), end", "begin // BLOCK, end"),
@@ -104,7 +118,9 @@ def survives(file: str, old: str, new: str) -> bool:
     source = (ROOT / file).read_text()
     if source.count(old) != 1:
         raise ValueError(f"{file}: expected {old!r} once, got it {source.count(old)} times")
-    names = ("genetic",) if file in (FITNESS, WINDOWS) else ("decode", "latent", "attention")
+    names = {
+        FITNESS: ("genetic",), WINDOWS: ("genetic",), GENE_DECODE: ("genetic_decode",)
+    }.get(file, ("decode", "latent", "attention"))  # fmt: skip
     tests = [f"tests/kernels/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-k", "test_parity", *tests]
     with tempfile.TemporaryDirectory() as scratch:

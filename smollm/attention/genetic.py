@@ -5,16 +5,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from einops import einsum
 from torch import Tensor, nn
 
-from kernels import (
-    attention_decode,
-    closed_form_fitness,
-    genetic_attention,
-    ring_positions,
-    rotate,
-)
+from kernels import gene_keys, genetic_attention, genetic_decode
 from smollm.attention.base import Attention, Linear, check_divides, split_heads
 from smollm.attention.cache import LayerCache
 from smollm.attention.options import LARGEST, WIDEST, Options, Range, SharedOptions
@@ -128,12 +121,23 @@ class MultiHeadGeneticAttention(Attention):
         g = split_heads(self.w_g(x), self.num_heads)
         e = None if self.w_e is None else split_heads(self.w_e(x), self.num_heads)
         v = split_heads(self.w_v(x), self.num_value_heads)
-        pressure = self.log_selection_pressure.exp()
-        if cache is not None:
-            rings = cache.store(p=torch.sigmoid(g), v=v)
-            if cache.decoding:
-                return self._decode(g, e, pressure, rope, rings, cache.lengths)
+        pressure, rotation = self.log_selection_pressure.exp(), rope if self.rope_dim else None
         assert self.window_size is not None
+        if cache is not None:
+            rings = cache.store(g=g, k=gene_keys(g, rotation), v=v)
+            if cache.decoding:
+                return genetic_decode(
+                    g,
+                    e,
+                    pressure,
+                    rings["g"],
+                    rings["k"],
+                    rings["v"],
+                    cache.lengths,
+                    window_size=self.window_size,
+                    environment=self.environment,
+                    rope=rotation,
+                )
         return genetic_attention(
             g,
             e,
@@ -141,33 +145,6 @@ class MultiHeadGeneticAttention(Attention):
             pressure,
             window_size=self.window_size,
             environment=self.environment,
-            rope=rope if self.rope_dim else None,
+            rope=rotation,
             cu_seqlens=cu_seqlens,
-        )
-
-    def _decode(
-        self,
-        g: Tensor,
-        e: Tensor | None,
-        pressure: Tensor,
-        rope: Rope,
-        rings: dict[str, Tensor],
-        lengths: Tensor,
-    ) -> Tensor:
-        """The newest tokens against the ring, whose window is averaged anew."""
-        assert self.window_size is not None
-        p, q_tokens = rings["p"], g.shape[1]
-        own = lengths[:, None] - q_tokens + torch.arange(q_tokens, device=g.device)
-        position = ring_positions(lengths, p.shape[1])
-        age = own[:, :, None] - position[:, None]
-        seen = (age >= 0) & (age < self.window_size) & (position >= 0)[:, None]  # [B, T, rows]
-        weights = seen.to(torch.promote_types(p.dtype, torch.float32))
-        weights /= weights.sum(dim=-1, keepdim=True)
-        expression = einsum(weights, p.to(weights.dtype), "b t s, b s h d -> b t h d")
-        gamma = closed_form_fitness(expression, g, e, environment=self.environment)
-        q = gamma * pressure[:, None] * self.head_dim**0.5
-        if self.rope_dim:
-            q, p = rotate(q, *rope), rotate(p, *self.rope(position))
-        return attention_decode(
-            q.to(p.dtype), p, rings["v"], lengths, window_size=self.window_size, scale=1.0
         )

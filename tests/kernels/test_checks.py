@@ -21,8 +21,14 @@ def ints(*values, dtype=torch.int32):
 Q, K = z(2, 5, 9, 64), z(2, 5, 3, 64)
 ONE = z(1, 5, 3, 64)
 G, PRESSURE = z(1, 5, 4, 6), z(4)
+RING = z(1, 7, 4, 6)
 ROPE = (z(5, 3), z(5, 3))
 LATENT = z(2, 5, 8)
+
+
+def genetic_decode(e=G, pressure=PRESSURE, ring=RING, v=RING, **options):
+    options = {"window_size": 2, **options}
+    return kernels.genetic_decode(G, e, pressure, ring, ring, v, ints(3), **options)
 
 
 def latent_decode(q_latent, q_rope, latent_cache=LATENT, **options):
@@ -149,6 +155,23 @@ REFUSALS = [
     (lambda: kernels.genetic_attention(
         G, G, G, PRESSURE, window_size=2, rope=(ROPE[0].int(), ROPE[1])), TypeError,
      "rope cos: expected a floating type"),
+    (lambda: genetic_decode(None), ValueError,
+     "e: expected a tensor [B, T, H, D] for environment='query', got None"),
+    (lambda: genetic_decode(pressure=z(3)), ValueError, "selection_pressure: expected [H=4], got"),
+    (lambda: genetic_decode(ring=z(1, 7, 2, 6)), ValueError,
+     "g_cache: expected [B=1, S, H=4, D=6], got [1, 7, 2, 6]"),
+    (lambda: genetic_decode(v=z(1, 5, 2, 3)), ValueError,
+     "v_cache: expected [B=1, S=7, HV, D_V], got [1, 5, 2, 3]"),
+    (lambda: genetic_decode(v=z(1, 7, 3, 3)), ValueError,
+     "heads: expected H a multiple of HV, got H=4, HV=3"),
+    (lambda: genetic_decode(ring=z(1, 7, 4, 6).half()), TypeError,
+     "g_cache: expected g's type torch.float32, got torch.float16"),
+    (lambda: genetic_decode(rope=ROPE), ValueError,
+     "rope cos: expected [B=1, Tq=5, D/2=3], got [5, 3]"),
+    (lambda: genetic_decode(window_size=None), ValueError,
+     "window_size: expected an integer >= 1 (the population), got None"),
+    (lambda: genetic_decode(v=z(1, 7, 3, 4).mT, impl="triton"), ValueError,
+     "v_cache: expected a last stride of 1 for Triton, got strides (84, 12, 1, 4)"),
     (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(3)), ValueError,
      "cache_lengths: expected [B=2], got [1]"),
     (lambda: kernels.attention_decode(z(2, 9, 64), K, K, ints(-1, 6)), ValueError,

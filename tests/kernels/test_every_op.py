@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import AttentionCase, DecodeCase, GeneticCase, LatentCase
+from cases import AttentionCase, DecodeCase, GeneticCase, GeneticDecodeCase, LatentCase
 from test_attention import DEVICE, _outputs_start_as_nan  # noqa: F401 (autouse)
 
 import kernels
@@ -25,7 +25,9 @@ class Op:
 
     def inputs(self):
         given = self.case.inputs(torch.float32, DEVICE)
-        if isinstance(self.case, GeneticCase) and self.call is genetic_attention:
+        if isinstance(self.case, GeneticDecodeCase):
+            given |= dict(zip(("cos", "sin"), self.case.tables(DEVICE), strict=True))
+        elif isinstance(self.case, GeneticCase) and self.call is genetic_attention:
             given |= dict(zip(("cos", "sin"), self.case.rope(DEVICE), strict=True))
         elif isinstance(self.case, GeneticCase):
             del given["v"], given["selection_pressure"]
@@ -38,6 +40,10 @@ class Op:
 
 def genetic_attention(cos, sin, **arguments):
     return kernels.genetic_attention(**arguments, rope=(cos, sin))
+
+
+def genetic_decode(cos, sin, **arguments):
+    return kernels.genetic_decode(e=None, **arguments, rope=(cos, sin))
 
 
 OPS = {
@@ -67,6 +73,11 @@ OPS = {
     "genetic": Op(
         genetic_attention,
         GeneticCase("", tokens=TOKENS, heads=2, v_heads=1, width=16, **PACKED),
+    ),
+    "genetic-decode": Op(
+        genetic_decode,
+        GeneticDecodeCase("", (70,) * 3, 40, 3, 2, width=16, window_size=9, environment="kin"),
+        False,
     ),
 }
 EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)

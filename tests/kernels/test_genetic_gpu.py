@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import GENETIC_CASES, GeneticCase
+from cases import GENETIC_CASES, GENETIC_DECODE_CASES, GeneticCase, GeneticDecodeCase
 from numerics import assert_close_to_truth
 from test_attention import _outputs_start_as_nan  # noqa: F401 (autouse)
 from test_genetic import (
@@ -16,6 +16,8 @@ from test_genetic import (
     leaves_of,
     of_fitness,
 )
+from test_genetic_decode import assert_case_parity as assert_decode_parity
+from test_genetic_decode import decode
 
 pytestmark = pytest.mark.gpu
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -136,3 +138,32 @@ def test_strides_beyond_32_bits():
         results.append((o, *torch.autograd.grad(o, list(leaves.values()), do)))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)
+
+
+@HALVES
+@pytest.mark.parametrize("case", GENETIC_DECODE_CASES, ids=lambda case: case.name)
+def test_decode_parity(case, dtype):
+    assert_decode_parity(case, dtype)
+
+
+@pytest.mark.parametrize("q_tokens", [1, 4])
+def test_decoding_follows_the_lengths_in_a_graph(q_tokens):
+    """Captured once, replayed as the sequences grow past their rings."""
+    case = GeneticDecodeCase(
+        "", (900,) * 4, 1000, q_tokens, q_heads=9, v_heads=3, window_size=900, rotary=False
+    )
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, which a capture must not
+        decode(case, inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = decode(case, inputs)
+    for lengths in ([900] * 4, [1, 0, 64, 1000], [1001, 12_345, 3, 500]):
+        inputs["cache_lengths"].copy_(torch.tensor(lengths))
+        o.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(o, decode(case, inputs))
+        torch.testing.assert_close(o, decode(case, inputs, "eager"), atol=1e-2, rtol=1e-2)

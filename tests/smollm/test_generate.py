@@ -204,8 +204,8 @@ CACHES = {
     ),
     "mla-288": (lambda: MultiHeadLatentAttention(576, 9, 288, 32), 19_200, 2048),
     "mla-128": (lambda: MultiHeadLatentAttention(576, 9, 128, 32), 9_600, 2048),
-    "mga": (lambda: MultiHeadGeneticAttention(576, 9, 256), 69_120, 256),
-    "mga-values-3": (lambda: MultiHeadGeneticAttention(576, 9, 256, 3), 46_080, 256),
+    "mga": (lambda: MultiHeadGeneticAttention(576, 9, 256), 103_680, 256),
+    "mga-values-3": (lambda: MultiHeadGeneticAttention(576, 9, 256, 3), 80_640, 256),
 }
 
 
