@@ -22,7 +22,7 @@ mutants:  ## plant faults in a copy of the kernels; the parity tests must catch 
 	python tests/mutants.py
 
 OUT ?= gpu_results
-TESTS ?= tests/kernels/test_*_gpu.py
+TESTS ?= tests/*/test_*_gpu.py
 BENCH ?= bench/bench_*.py
 
 gpu:  ## on a GPU, in under 9 minutes: TESTS for parity, then BENCH for speed; all lands in OUT

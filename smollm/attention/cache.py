@@ -25,7 +25,8 @@ class Cache:
     Before the layers run, `begin` says which sequence and position every incoming token has; each
     layer then stores its rows, and `commit` makes the tokens part of their sequences. What fails in
     between leaves the sequences as they were. The token at position p stands at row p % capacity,
-    as `kernels.attention_decode` expects it.
+    as `kernels.attention_decode` expects it. Rows and lengths are updated in place, and of a step
+    of one token for each sequence Python decides nothing, so such a step can be replayed.
 
     Args:
         windows: each layer's window_size; a layer keeps no more rows than its window.
@@ -74,7 +75,7 @@ class Cache:
         """The announced tokens are part of their sequences now, in every layer."""
         for layer in self.layers:
             layer.commit()
-        self.lengths = self.step.lengths
+        self.lengths.copy_(self.step.lengths)
         self._longest += self.step.longest
         self._step = None
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
+from smollm.model.replay import repeated
 
 STEPS_AT_ONCE = 16  # between two looks at a GPU, which each wait for it
 ROUNDING = 1e-6  # of sums of probabilities that were rounded to fp32
@@ -58,6 +59,9 @@ class Generator(nn.Module):
     ) -> Tensor:
         """Continue each prompt by max_new_tokens tokens, in evaluation mode.
 
+        On a GPU the steps behind the first few are replays of a CUDA graph of one of them, so
+        Python's part of a step, such as a hook, runs in those few alone.
+
         Args:
             input_ids: prompts [B, T].
             max_new_tokens: tokens to add, >= 0.
@@ -81,27 +85,38 @@ class Generator(nn.Module):
             input_ids, max_new_tokens, attention_mask, temperature, top_k, top_p, eos_token_id
         )
         batch, prompt = input_ids.shape
-        total = prompt + max_new_tokens
+        device, filler = input_ids.device, 0 if eos_token_id is None else eos_token_id
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        filler = 0 if eos_token_id is None else eos_token_id
         ids = torch.cat((input_ids, input_ids.new_full((batch, max_new_tokens), filler)), dim=1)
         mask = torch.cat((mask.long(), mask.new_ones(batch, max_new_tokens)), dim=1)
-        finished = torch.zeros(batch, dtype=torch.bool, device=ids.device)
-        cache = self.new_cache(batch, total) if use_cache else None
-        patience = 1 if ids.device.type == "cpu" else STEPS_AT_ONCE
+        end = torch.full((1,), prompt, device=device)
+        finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        cache = self.new_cache(batch, ids.shape[1]) if use_cache else None
+        patience = 1 if device.type == "cpu" else STEPS_AT_ONCE
 
+        def extend(hidden: Tensor) -> None:
+            token = _choose(self.lm_head(hidden[:, -1]).float(), temperature, top_k, top_p)
+            new = torch.where(finished, filler, token).to(ids.dtype)
+            ids.index_copy_(1, end, new[:, None])
+            end.add_(1)
+            if eos_token_id is not None:
+                finished.logical_or_(token == eos_token_id)
+
+        def step() -> None:
+            hidden, _ = self.encode(ids.index_select(1, end - 1), cache=cache)
+            extend(hidden)
+
+        next_step = repeated(step, max_new_tokens - 1, device)
         with evaluation_mode(self):
-            for end in range(prompt, total):
-                start = end - 1 if cache is not None and end > prompt else 0
-                visible = mask[:, :end] if attention_mask is not None and start == 0 else None
-                hidden, _ = self.encode(ids[:, start:end], visible, cache=cache)
-                logits = self.lm_head(hidden[:, -1]).float()  # [B, V]
-                token = _choose(logits, temperature, top_k, top_p)
-                ids[:, end] = torch.where(finished, filler, token)
-                if eos_token_id is not None:
-                    finished = finished | (token == eos_token_id)
-                    if (end - prompt) % patience == 0 and bool(finished.all()):
-                        break
+            for count in range(max_new_tokens):
+                if cache is None or count == 0:
+                    known = slice(prompt + count)
+                    visible = None if attention_mask is None else mask[:, known]
+                    extend(self.encode(ids[:, known], visible, cache=cache)[0])
+                else:
+                    next_step()
+                if eos_token_id is not None and count % patience == 0 and bool(finished.all()):
+                    break
         return ids
 
     def _check_generation(
@@ -149,6 +164,16 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     """One token per row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(dim=-1)
+    probability, token = _distribution(logits, temperature, top_k, top_p)
+    # As torch.multinomial draws, which on a GPU waits to look at the probabilities.
+    rank = (probability / torch.empty_like(probability).exponential_()).argmax(dim=-1, keepdim=True)
+    return token.gather(1, rank)[:, 0]
+
+
+def _distribution(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """Probabilities, unnormalised with top_p, and tokens of each row, the likeliest first."""
     logits, token = logits.double().sort(dim=-1, descending=True)
     if top_k is not None:
         logits, token = logits[:, :top_k], token[:, :top_k]
@@ -157,5 +182,4 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     if top_p is not None and top_p < 1:
         reached = probability.cumsum(dim=-1) - probability  # by the likelier tokens alone
         probability = probability.masked_fill((reached > 0) & (reached >= top_p - ROUNDING), 0.0)
-    rank = torch.multinomial(probability, num_samples=1)
-    return token.gather(1, rank)[:, 0]
+    return probability, token

@@ -1,12 +1,14 @@
 """Generation: caches agree with recomputation, and stay as small as promised."""
 
 import re
+from unittest import mock
 
 import pytest
 import torch
 from test_model import VOCAB, build
 from test_modules import MODULES, WIDTH, every_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import checks
 from smollm import (
@@ -15,7 +17,7 @@ from smollm import (
     MultiHeadGeneticAttention,
     MultiHeadLatentAttention,
 )
-from smollm.model import generate
+from smollm.model import generate, replay
 from smollm.model import model as smollm_model
 
 
@@ -54,11 +56,17 @@ class HostReads(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@every_module
-def test_a_step_of_one_token_waits_for_no_number(make, monkeypatch):
-    """Past the window too, where a ring begins anew; checks look at values on a CPU alone."""
+@pytest.fixture
+def unread(monkeypatch):
+    """Checks look at values on a CPU alone."""
     for module in (checks, smollm_model):
         monkeypatch.setattr(module, "_readable", lambda x: False)
+
+
+@every_module
+@pytest.mark.usefixtures("unread")
+def test_a_step_of_one_token_waits_for_no_number(make):
+    """Past the window too, where a ring begins anew."""
     model = build(make()).eval()
     ids = torch.randint(VOCAB, (2, 12))
     cache = model.new_cache(2, 12)
@@ -68,6 +76,91 @@ def test_a_step_of_one_token_waits_for_no_number(make, monkeypatch):
             with HostReads():
                 hidden, _ = model.encode(ids[:, t : t + 1], cache=cache)
             assert hidden.shape[:2] == (2, 1)
+
+
+class Recording(HostReads):
+    """Keeps every operator with its arguments and results; a replay writes into the same memory.
+
+    As to a CUDA graph, all that Python decides is what it was when the step was recorded.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not isinstance(result, int):  # a type
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            if all(returned.alias_info is None for returned in func._schema.returns):
+                for kept, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    kept.copy_(new)  # what is neither a view nor updated in place
+
+
+def recorded(step, times, device):
+    """What `generate.repeated` returns, of a graph that needs no GPU."""
+    recording = Recording()
+
+    def call():
+        if recording.calls:
+            recording.replay()
+        else:
+            with recording:
+                step()
+
+    return call
+
+
+SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@every_module
+@pytest.mark.usefixtures("unread")
+def test_a_recorded_step_generates_the_same_tokens(make, options, monkeypatch):
+    """Past windows, behind prompts of unequal lengths, and where sequences end."""
+    model = build(make())
+    ids, mask = torch.randint(VOCAB, (3, 5)), torch.ones(3, 5, dtype=torch.bool)
+    mask[0, :4] = mask[1, :2] = False
+
+    def run(eos=None):
+        torch.manual_seed(1)
+        given = {"attention_mask": mask, "eos_token_id": eos, **options}
+        return model.generate(ids, 13, **given), torch.get_rng_state()
+
+    expected, state = run()
+    ended, _ = run(eos=int(expected[1, -3]))
+    monkeypatch.setattr(generate, "repeated", recorded)
+    actual, same_state = run()
+    assert torch.equal(actual, expected) and torch.equal(same_state, state)
+    assert torch.equal(run(eos=int(expected[1, -3]))[0], ended)
+
+
+def test_a_step_is_captured_where_it_can_be_and_pays(monkeypatch):
+    step, gpu = print, torch.device("cuda", 0)
+    assert replay.repeated(step, 1000, torch.device("cpu")) is step
+    assert replay.repeated(step, 5, gpu) is step
+    for capturing in (True, False):  # a caller of generate()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda x=capturing: x)
+        monkeypatch.setattr(replay, "Replay", lambda *given: given)
+        assert replay.repeated(step, 1000, gpu) == (step if capturing else (step, gpu))
+
+
+def test_a_call_of_a_replay_is_one_step(monkeypatch):
+    """What a capture runs is not done yet."""
+    done, cuda = [], mock.MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    cuda.CUDAGraph().replay.side_effect = lambda: done.append("replay")
+    call = replay.Replay(lambda: done.append("step"), torch.device("cuda", 0))
+    for _ in range(replay.WARM_UP + 3):
+        call()
+    assert done == [*["step"] * replay.WARM_UP, "step", "replay", "replay", "replay"]
+    assert cuda.graph.call_count == 1
 
 
 @every_module
@@ -160,13 +253,20 @@ def test_top_p_keeps_the_fewest_that_reach_it(probabilities, top_p, kept):
     assert len(drawn.unique()) == kept
 
 
-def test_a_top_p_of_one_drops_nothing(monkeypatch):
+def test_a_top_p_of_one_drops_nothing():
     """Not even where the sum of a large vocabulary reaches 1 early by rounding."""
-    drawn_from = []
-    draw = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, **_: drawn_from.append(p) or draw(p, 1))
-    generate._choose(torch.linspace(0, 30, 49152)[None], 1.0, None, 1.0)
-    assert int((drawn_from[0] > 0).sum()) == 49152
+    probability, _ = generate._distribution(torch.linspace(0, 30, 49152)[None], 1.0, None, 1.0)
+    assert int((probability > 0).sum()) == 49152
+
+
+def test_tokens_are_drawn_as_multinomial_draws_them():
+    logits = torch.randn(50, VOCAB)
+    probability, token = generate._distribution(logits, 0.7, None, 0.9)
+    torch.manual_seed(1)
+    rank = torch.multinomial(probability, num_samples=1)
+    torch.manual_seed(1)
+    drawn = generate._choose(logits, 0.7, None, 0.9)
+    assert torch.equal(drawn, token.gather(1, rank)[:, 0])
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-320, 1e-8, 1e300])
