@@ -188,14 +188,14 @@ def attention_rows(
 def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
     """Compile the decode kernels: 9 query heads over 3, or with rope over one latent of width.
 
-    For one new token and for many, whose tiles have more rows.
+    For one new token, for a few and for many, whose tiles have more rows.
     """
     lengths = _meta(8, dtype=torch.int32)
     k = _meta(8, 4096, 1 if rope else 3, width, dtype=dtype)
     v = None if rope else k
     k_rope = _meta(8, 4096, rope, dtype=dtype) if rope else None
     with compiling(arch) as rows:
-        for q_tokens in (1, 64):
+        for q_tokens in (1, 2 if rope else 8, 64):
             q = _meta(8, q_tokens, 9, width, dtype=dtype)
             q_rope = _meta(8, q_tokens, 9, rope, dtype=dtype) if rope else None
             launch_decode(q, k, v, q_rope, k_rope, lengths, None, None, width**-0.5)

@@ -303,6 +303,10 @@ DECODE_CASES = [
     DecodeCase("tokens-40", lengths=(100, 40), rows=100, q_tokens=40, q_heads=9, k_heads=3),
     DecodeCase("tokens-before-the-first", lengths=(3, 0, 1, 6), q_tokens=5),
     DecodeCase("tokens-window", lengths=(130, 40, 7), rows=130, q_tokens=5, window_size=9),
+    *(
+        DecodeCase(f"tokens-{t}-window", (90, 20, t, 1), 90, t, width=16, window_size=50)
+        for t in (2, 5, 16)
+    ),
     DecodeCase("tokens-window-1", lengths=(50, 2), q_tokens=5, window_size=1),
     DecodeCase("tokens-ring", lengths=(100, 64, 66, 2), q_tokens=5),
     DecodeCase("tokens-ring-window", lengths=(100, 64, 66), q_tokens=5, window_size=40),

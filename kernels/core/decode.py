@@ -167,7 +167,8 @@ def launch_decode(
         "D_V": d_v,
         **rope_arguments(q, k_cache, None if q_rope is None else by_key_head(q_rope), rope_cache),
     }
-    tile = tiles.choose("decode", q, tiles.tile_width(arguments))
+    width = tiles.tile_width(arguments)._replace(short=rows <= tiles.FEW)
+    tile = tiles.choose("decode", q, width)
     block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
     programs = triton.cdiv(rows, block_m) * batches * k_heads
     keys = capacity if window_size is None else min(capacity, window_size + q_tokens - 1)

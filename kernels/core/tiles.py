@@ -10,7 +10,9 @@ from kernels.core.primitives import main_width, padded_width
 from kernels.core.problem import is_ragged
 
 SHORT = 512  # keys of a window below which `short_forward` is faster
-Direction = Literal["forward", "short_forward", "dq", "dkdv", "decode", "fitness"]
+FEW = 16  # rows of a key head, tokens times query heads, up to which decode takes `short_decode`
+Direction = Literal["forward", "short_forward", "dq", "dkdv", "decode", "short_decode", "fitness"]
+SHORTER: dict[Direction, Direction] = {"forward": "short_forward", "decode": "short_decode"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,25 @@ DECODE = roomy(
         576: Tile(32, 16, 8, 2),
     }
 )
+# Few rows leave registers and shared memory for more keys on their way, which set the pace.
+SHORT_DECODE = roomy(
+    {
+        64: Tile(16, 64, 4, 4),
+        128: Tile(16, 64, 4, 3),
+        192: Tile(16, 64, 4, 3),
+        256: Tile(16, 32, 4, 4),
+        320: Tile(16, 32, 4, 4),
+        576: Tile(16, 32, 4, 3),
+    }
+)
+SMALL_SHORT_DECODE = roomy(  # in 100 KB of shared memory
+    {
+        64: Tile(16, 64, 4, 3),
+        192: Tile(16, 32, 4, 3),
+        256: Tile(16, 32, 4, 3),
+        576: Tile(16, 16, 4, 3),
+    }
+)
 FITNESS = {64: Tile(32, 32, 4, 1, 96), 256: Tile(16, 16, 4, 1)}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
@@ -71,6 +92,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
+        "short_decode": SHORT_DECODE,
         "fitness": FITNESS,
     },
     90: {
@@ -94,6 +116,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
+        "short_decode": SHORT_DECODE,
         "fitness": FITNESS,
     },
     100: {
@@ -111,6 +134,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         },
         "dkdv": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 2)},
         "decode": DECODE,
+        "short_decode": SHORT_DECODE,
         "fitness": FITNESS | {64: Tile(32, 32, 4, 1, 104)},
     },
     120: {
@@ -135,6 +159,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(32, 32, 8, 2),
         },
         "decode": DECODE,
+        "short_decode": SMALL_SHORT_DECODE,
         "fitness": FITNESS,
     },
 }
@@ -160,7 +185,7 @@ class Width(NamedTuple):
 
     columns: int  # padded
     plain: bool  # whether only `PLAIN` has one
-    short: bool = False  # whether each meets fewer than `SHORT` others
+    short: bool = False  # whether each meets fewer than `SHORT` others; of decode, whether few do
 
 
 def tile_width(arguments: dict[str, Any]) -> Width:
@@ -188,8 +213,8 @@ def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     plain = q.dtype == torch.float32 or width.plain
     table = PLAIN if plain else HALF_PRECISION[architecture(q.device)]
     serving = table[direction]
-    if direction == "forward" and width.short:
-        serving = serving | table.get("short_forward", {})
+    if width.short and direction in SHORTER:
+        serving = serving | table.get(SHORTER[direction], {})
     return serving[min(widest for widest in serving if width.columns <= widest)]
 
 

@@ -165,7 +165,7 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     if temperature == 0:
         return logits.argmax(dim=-1)
     probability, token = _distribution(logits, temperature, top_k, top_p)
-    # As torch.multinomial draws, which on a GPU waits to look at the probabilities.
+    # As torch.multinomial draws, whose checks of the probabilities may wait for a GPU.
     rank = (probability / torch.empty_like(probability).exponential_()).argmax(dim=-1, keepdim=True)
     return token.gather(1, rank)[:, 0]
 

@@ -9,7 +9,7 @@ import torch
 
 import kernels
 from kernels import checks
-from kernels.core import tiles
+from kernels.core import decode, tiles
 from kernels.core.primitives import padded_width
 from kernels.core.problem import Problem, even_rows, is_ragged, without_padding
 
@@ -44,8 +44,9 @@ def test_every_accepted_width_has_a_tile(arch, monkeypatch):
             q = torch.empty(1, dtype=dtype, device="meta")
             for width in columns:
                 for plain in (False, True):
-                    tile = tiles.choose(direction, q, tiles.Width(width, plain))
-                    assert tile.block_m >= 16, (direction, dtype, width)
+                    for short in (False, True):
+                        tile = tiles.choose(direction, q, tiles.Width(width, plain, short))
+                        assert tile.block_m >= 16, (direction, dtype, width)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,27 @@ def test_rows_of_two_parts_take_the_tiles_of_wider_ones():
     assert width_of(128).columns == 128
     assert width_of(64, d_rope=64).columns == 192
     assert width_of(128, d_rope=64).columns == 192
+
+
+@pytest.mark.parametrize(("q_tokens", "q_heads", "k_heads", "rows"), [
+    (1, 9, 3, 16), (2, 9, 3, 16), (5, 9, 3, 16), (6, 9, 3, 32), (16, 9, 3, 64), (64, 9, 3, 64),
+    (16, 9, 9, 16), (1, 32, 1, 32),
+])  # fmt: skip
+def test_new_tokens_and_heads_of_a_group_share_a_tile(
+    q_tokens, q_heads, k_heads, rows, monkeypatch
+):
+    """And few rows have tiles of more keys, further ahead."""
+    launched = {}
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(decode, "launch", lambda *_, **given: launched.update(given))
+    q, k = (
+        torch.empty(2, t, h, 64, dtype=torch.bfloat16, device="meta")
+        for t, h in ((q_tokens, q_heads), (99, k_heads))
+    )
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    decode.launch_decode(q, k, k, None, None, lengths, None, None, 1.0)
+    assert launched["BLOCK_M"] == rows
+    assert (launched["BLOCK_N"], launched["num_stages"]) == ((64, 4) if rows == 16 else (32, 3))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
