@@ -1,4 +1,4 @@
-.PHONY: help fmt lint test train mutants gpu
+.PHONY: help fmt lint test matrix train mutants gpu
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -14,6 +14,9 @@ lint:  ## ruff and mypy
 
 test:  ## the whole suite, CPU only
 	pytest
+
+matrix:  ## the suite and the resource report at each PyTorch and Triton, installed for the while
+	python tests/matrix.py
 
 train:  ## the ablation, at the machine's preset
 	python train.py

@@ -351,13 +351,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names
         for row in compiled_rows(arch, getattr(torch, dtype), *every[name], arguments.packed)
     ]
-    print(report(rows))
+    faulty = sum(bool(row.faults) for row in rows)
+    print(f"{report(rows)}\n{len(rows)} kernels, {faulty} with faults")
     if arguments.json:
         about = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(about, indent=1))
     if arguments.summary:
         arguments.summary.write_text(summary(rows))
-    return 1 if any(row.faults for row in rows) else 0
+    return 1 if faulty else 0
 
 
 if __name__ == "__main__":

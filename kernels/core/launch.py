@@ -57,8 +57,8 @@ def hopper_faults(triton_version: str, ptxas_version: str) -> list[str]:
     if _numbers(ptxas_version) < (13, 3):
         faults.append(
             f"ptxas {ptxas_version} may corrupt matrix products with an operand in registers on "
-            "this GPU: install triton 3.9 or later, or let TRITON_PTXAS_PATH name a ptxas of 13.3 "
-            "or later, as the wheels of nvidia-cuda-nvcc have one"
+            "this GPU: let TRITON_PTXAS_PATH name one of 13.3 or later, such as that of "
+            "nvidia-cuda-nvcc or triton/backends/nvidia/bin/ptxas-blackwell of triton 3.8"
         )
     return faults
 

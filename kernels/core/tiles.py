@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from kernels.core.primitives import main_width, padded_width
@@ -74,7 +75,7 @@ SMALL_SHORT_DECODE = roomy(  # in 100 KB of shared memory
         576: Tile(16, 16, 4, 3),
     }
 )
-FITNESS = {64: Tile(32, 32, 4, 1, 96), 256: Tile(16, 16, 4, 1)}
+FITNESS = {64: Tile(32, 32, 4, 1, 104), 256: Tile(16, 16, 4, 1)}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
         "forward": {
@@ -117,7 +118,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         },
         "decode": DECODE,
         "short_decode": SHORT_DECODE,
-        "fitness": FITNESS,
+        "fitness": FITNESS | {64: Tile(32, 32, 4, 1, 96)},
     },
     100: {
         "forward": {
@@ -135,7 +136,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         "dkdv": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 2)},
         "decode": DECODE,
         "short_decode": SHORT_DECODE,
-        "fitness": FITNESS | {64: Tile(32, 32, 4, 1, 104)},
+        "fitness": FITNESS,
     },
     120: {
         "forward": {
@@ -170,6 +171,14 @@ PLAIN: Table = {
     "dkdv": roomy({64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}),
     "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
     "fitness": FITNESS,
+}
+# In place of those that spill with one version of Triton, by it and the architecture.
+BY_TRITON: dict[tuple[str, int], Table] = {
+    ("3.6", 80): {"dkdv": {64: Tile(32, 64, 4, 2)}},
+    ("3.6", 90): {"dkdv": {64: Tile(32, 64, 4, 3)}},
+    ("3.6", 100): {"dkdv": {64: Tile(32, 64, 4, 2)}},
+    ("3.6", 120): {"dkdv": {64: Tile(32, 64, 4, 2)}},
+    ("3.9", 90): {"dq": {64: Tile(64, 64, 4, 3)}},
 }
 INTERPRETER: dict[Direction, Tile] = {
     "forward": Tile(64, 32, 4, 1),
@@ -210,9 +219,12 @@ def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     """The tile for queries like q, in rows of a width that `kernels.checks` accepts."""
     if q.device.type == "cpu":
         return INTERPRETER[direction]
-    plain = q.dtype == torch.float32 or width.plain
-    table = PLAIN if plain else HALF_PRECISION[architecture(q.device)]
-    serving = table[direction]
+    if q.dtype == torch.float32 or width.plain:
+        table, special = PLAIN, Table()
+    else:
+        arch, version = architecture(q.device), ".".join(triton.__version__.split(".")[:2])
+        table, special = HALF_PRECISION[arch], BY_TRITON.get((version, arch), {})
+    serving = table[direction] | special.get(direction, {})
     if width.short and direction in SHORTER:
         serving = serving | table.get(SHORTER[direction], {})
     return serving[min(widest for widest in serving if width.columns <= widest)]

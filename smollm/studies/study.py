@@ -157,13 +157,17 @@ def run_study(
 
 def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, Any]:
     """Everything that a result depends on, as plain values."""
-    packages = ("torch", "triton", "numpy", "einops", "tokenizers", "datasets")
+    packages = ("triton", "numpy", "einops", "tokenizers", "datasets")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "device": gpu or f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # names its build, as its metadata need not
+            **{package: _version(package) for package in packages},
+        },
         "corpus": {
             "name": corpus.name,
             "sha256": corpus.sha256,

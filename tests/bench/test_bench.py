@@ -123,7 +123,9 @@ def test_a_tile_with_a_fault_fails_the_report(change, fault, tmp_path, monkeypat
     summary = tmp_path / "summary.txt"
     flags = ["--arch", "90", "--width", "64", "--dtype", "bfloat16", "--summary", str(summary)]
     assert resources.main(flags) == (1 if fault else 0)
-    assert (fault or "dq") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (fault or "dq") in printed
+    assert printed.endswith(f"\n1 kernels, {1 if fault else 0} with faults\n")
     line = f"bfloat16 {row.width}: dq 64x64/4/2 150{f' {fault}' if fault else ''}"
     assert line in summary.read_text().splitlines()
 

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import triton
 
 import kernels
 from kernels import checks
@@ -47,6 +48,21 @@ def test_every_accepted_width_has_a_tile(arch, monkeypatch):
                     for short in (False, True):
                         tile = tiles.choose(direction, q, tiles.Width(width, plain, short))
                         assert tile.block_m >= 16, (direction, dtype, width)
+
+
+def test_a_version_of_triton_takes_tiles_of_its_own(monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    half, full = (torch.empty(1, dtype=t, device="meta") for t in (torch.bfloat16, torch.float32))
+    chosen = {}
+    for version in ("3.6.0", "3.7.1"):
+        monkeypatch.setattr(triton, "__version__", version)
+        chosen[version] = [
+            tiles.choose("dkdv", q, tiles.Width(width, plain=False))
+            for q, width in ((half, 64), (half, 96), (full, 64))
+        ]
+    older, newer = chosen.values()
+    assert older[0] == tiles.Tile(32, 64, 4, 3) != newer[0]
+    assert older[1:] == newer[1:]
 
 
 @pytest.mark.parametrize(
