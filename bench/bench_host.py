@@ -110,6 +110,13 @@ def cases() -> dict[str, Case]:
             q[:, 0], rope[:, 0], k[:, :, 0], shared_rope, lengths, scale=0.1, impl="triton"
         )
 
+    def decode_genes() -> Tensor:
+        g = q[:, -1:]
+        cos, sin = (table[:1].expand(BATCH, 1, -1) for table in tables)
+        return kernels.genetic_decode(
+            g, g, pressure, q, q, k, lengths, window_size=16, rope=(cos, sin), impl="triton"
+        )
+
     def launch() -> None:
         bare_kernel[(1,)](q, y, q.numel(), 2.0, BARE_BLOCK)
 
@@ -120,6 +127,7 @@ def cases() -> dict[str, Case]:
         **_training("genetic_attention", select, q, q, k, pressure),
         "attention_decode": decode,
         "latent_decode": decode_latent,
+        "genetic_decode": decode_genes,
     }
 
 

@@ -1,6 +1,7 @@
 """Launch shapes: a frozen table, chosen with `python -m bench.resources`."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -172,12 +173,14 @@ PLAIN: Table = {
     "decode": roomy({64: Tile(16, 32, 4, 1), 192: Tile(16, 16, 4, 1), 576: Tile(16, 16, 8, 1)}),
     "fitness": FITNESS,
 }
-# In place of those that spill with one version of Triton, by it and the architecture.
-BY_TRITON: dict[tuple[str, int], Table] = {
-    ("3.6", 80): {"dkdv": {64: Tile(32, 64, 4, 2)}},
-    ("3.6", 90): {"dkdv": {64: Tile(32, 64, 4, 3)}},
-    ("3.6", 100): {"dkdv": {64: Tile(32, 64, 4, 2)}},
-    ("3.6", 120): {"dkdv": {64: Tile(32, 64, 4, 2)}},
+SMALL_FITNESS = {64: Tile(16, 16, 4, 1)}
+# In place of those that spill with a version of Triton, by it and the architecture (`PLAIN`: None).
+BY_TRITON: dict[tuple[str, int | None], Table] = {
+    ("3.6", None): {"fitness": SMALL_FITNESS},
+    ("3.6", 80): {"dkdv": {64: Tile(32, 64, 4, 2)}, "fitness": SMALL_FITNESS},
+    ("3.6", 90): {"dkdv": {64: Tile(32, 64, 4, 3)}, "fitness": SMALL_FITNESS},
+    ("3.6", 100): {"dkdv": {64: Tile(32, 64, 4, 2)}, "fitness": SMALL_FITNESS},
+    ("3.6", 120): {"dkdv": {64: Tile(32, 64, 4, 2)}, "fitness": SMALL_FITNESS},
     ("3.9", 90): {"dq": {64: Tile(64, 64, 4, 3)}},
 }
 INTERPRETER: dict[Direction, Tile] = {
@@ -219,14 +222,13 @@ def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     """The tile for queries like q, in rows of a width that `kernels.checks` accepts."""
     if q.device.type == "cpu":
         return INTERPRETER[direction]
-    if q.dtype == torch.float32 or width.plain:
-        table, special = PLAIN, Table()
-    else:
-        arch, version = architecture(q.device), ".".join(triton.__version__.split(".")[:2])
-        table, special = HALF_PRECISION[arch], BY_TRITON.get((version, arch), {})
-    serving = table[direction] | special.get(direction, {})
-    if width.short and direction in SHORTER:
-        serving = serving | table.get(SHORTER[direction], {})
+    arch = None if q.dtype == torch.float32 or width.plain else architecture(q.device)
+    version = ".".join(triton.__version__.split(".")[:2])
+    tables = PLAIN if arch is None else HALF_PRECISION[arch], BY_TRITON.get((version, arch), {})
+    names = (direction, SHORTER.get(direction, direction)) if width.short else (direction,)
+    serving: dict[int, Tile] = {}
+    for name, table in product(names, tables):  # the last one wins
+        serving |= table.get(name, {})
     return serving[min(widest for widest in serving if width.columns <= widest)]
 
 

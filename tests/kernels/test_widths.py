@@ -53,16 +53,18 @@ def test_every_accepted_width_has_a_tile(arch, monkeypatch):
 def test_a_version_of_triton_takes_tiles_of_its_own(monkeypatch):
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     half, full = (torch.empty(1, dtype=t, device="meta") for t in (torch.bfloat16, torch.float32))
+    asked = ("dkdv", half, 64), ("dkdv", half, 96), ("dkdv", full, 64), ("fitness", full, 64)
     chosen = {}
     for version in ("3.6.0", "3.7.1"):
         monkeypatch.setattr(triton, "__version__", version)
         chosen[version] = [
-            tiles.choose("dkdv", q, tiles.Width(width, plain=False))
-            for q, width in ((half, 64), (half, 96), (full, 64))
+            tiles.choose(direction, q, tiles.Width(width, plain=False))
+            for direction, q, width in asked
         ]
     older, newer = chosen.values()
     assert older[0] == tiles.Tile(32, 64, 4, 3) != newer[0]
-    assert older[1:] == newer[1:]
+    assert older[1:3] == newer[1:3]
+    assert older[3] == tiles.Tile(16, 16, 4, 1) != newer[3]
 
 
 @pytest.mark.parametrize(
