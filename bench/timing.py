@@ -64,3 +64,16 @@ def time_training(
     benchmark.extra_info.update(about, direction=direction)
     call = forward if direction == "forward" else backward
     benchmark.pedantic(call, setup=flush_l2, rounds=rounds, warmup_rounds=3)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory on the CPU that the call holds at once beyond what was there."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        call()
+    held = most = 0
+    assert profiler.profiler is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from kernels import checks, reference
+from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
 from kernels.core.problem import Problem, new_lse
 
@@ -172,10 +172,12 @@ def attention(
         sinks: [HQ], a learned logit per head that joins the softmax, and so the lse, and
             carries no value; -inf is none, inf and nan give nan. Default None.
         return_lse: also return the log-sum-exp of the scores. Default False.
-        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Triton
-            takes fp16, bf16 and fp32, widths up to 256, any strides with the last one 1 (rows
-            that do not begin and end at multiples of 16 elements as copies with such rows); its
-            backward is deterministic.
+        impl: "triton", "sdpa", "eager", or "auto" (default): Triton for CUDA tensors, PyTorch's
+            fused attention by blocks for CPU tensors, else eager. Triton takes fp16, bf16 and
+            fp32, widths up to 256, any strides with the last one 1 (rows that do not begin and
+            end at multiples of 16 elements as copies with such rows). Of both the backward is
+            deterministic and has no backward of its own, which eager has. What "sdpa" rounds off
+            its lse errs the gradients by up to |lse| eps of themselves, in fp32.
 
     Returns:
         o [B, Tq, HQ, D_V] in q's type; with return_lse also lse [B, Tq, HQ] in fp32, natural
@@ -200,7 +202,8 @@ def attention(
         sinks=sinks,
     )
     window_size = checks.bounded(window_size)
-    if checks.implementation(impl, {"q": q, "k": k, "v": v}) == "triton":
+    way = checks.implementation(impl, {"q": q, "k": k, "v": v})
+    if way != "eager":
         problem = Problem(
             q,
             k,
@@ -211,6 +214,9 @@ def attention(
             causal=causal,
             window_size=window_size,
         )
+        if way == "sdpa":
+            o, lse = sdpa.attention(problem, with_dlse=return_lse)
+            return (o, lse) if return_lse else o
         o, lse_log2 = fused_attention(problem)
         return (o, math.log(2) * lse_log2[:, :, 0].transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(

@@ -23,7 +23,7 @@ from kernels.tensors import (
     tensor,
 )
 
-Impl = Literal["auto", "eager", "triton"]
+Impl = Literal["auto", "eager", "sdpa", "triton"]
 Environment = Literal["query", "kin", "none"]
 
 _MAX_TOKENS = 2**30  # positions and windows add up inside int32
@@ -272,15 +272,25 @@ def bounded(window_size: Window) -> Window:
 
 
 def implementation(
-    impl: str, inputs: Mapping[str, Tensor | None], widest: int = 256
-) -> Literal["eager", "triton"]:
-    """Resolve `impl` for an op's inputs by name; what the kernels cannot serve is refused."""
+    impl: str,
+    inputs: Mapping[str, Tensor | None],
+    widest: int = 256,
+    has_backward: bool = True,
+) -> Literal["eager", "sdpa", "triton"]:
+    """Resolve `impl` for an op's inputs by name; what it cannot serve is refused."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
     given = {name: x for name, x in inputs.items() if x is not None}
     device = next(iter(given.values())).device.type
-    if impl == "eager" or (impl == "auto" and device != "cuda"):
+    if impl == "auto" and device != "cuda":
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given.values())
+        impl = "sdpa" if device == "cpu" and (has_backward or not wanted) else "eager"
+    if impl == "eager":
         return "eager"
+    if impl == "sdpa":
+        if device != "cpu":
+            raise ValueError(f"impl: expected CPU tensors for 'sdpa', got tensors on {device}")
+        return "sdpa"
     if device != "cuda" and not (device == "cpu" and _interpreting()):
         raise ValueError(
             "impl: expected CUDA tensors for 'triton' (or CPU tensors with TRITON_INTERPRET=1 set "

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import checks, reference
+from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
 
 
@@ -89,9 +89,11 @@ def attention_decode(
         window_size: keys that a query sees, its own included; None (default) is unlimited.
         scale: factor > 0 on the scores. Default D_QK ** -0.5.
         sinks: [HQ], a logit per head that joins the softmax and carries no value.
-        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
-            widths and strides that Triton takes are those of `attention`; it has no backward,
-            is deterministic, and never reads the lengths on the CPU.
+        impl: "triton", "sdpa", "eager", or "auto" (default): Triton for CUDA tensors, PyTorch's
+            fused attention over the rows in use for CPU tensors none of which asks for its
+            gradient, else eager. Types, widths and strides that Triton takes are those of
+            `attention`; it never reads the lengths on the CPU. Both are deterministic and have no
+            backward.
 
     Returns:
         [B, HQ, D_V] or [B, Tq, HQ, D_V] in q's type.
@@ -106,11 +108,13 @@ def attention_decode(
     )
     window_size = checks.bounded(window_size)
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    if checks.implementation(impl, inputs) == "triton":
+    way = checks.implementation(impl, inputs, has_backward=False)
+    if way != "eager":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         one = q.dim() == 3
         q = q[:, None] if one else q
-        o: Tensor = _decode(
+        decode = sdpa.decode if way == "sdpa" else _decode
+        o: Tensor = decode(
             q, k_cache, v_cache, None, None, cache_lengths, sinks, window_size, scale
         )
         return o[:, 0] if one else o
@@ -174,11 +178,13 @@ def latent_decode(
         "latent_cache": latent_cache,
         "rope_cache": rope_cache,
     }
-    if checks.implementation(impl, inputs, widest=512) == "triton":
+    way = checks.implementation(impl, inputs, widest=512, has_backward=False)
+    if way != "eager":
         one = q_latent.dim() == 3
         if one:
             q_latent, q_rope = q_latent[:, None], None if q_rope is None else q_rope[:, None]
-        o: Tensor = _decode(
+        decode = sdpa.decode if way == "sdpa" else _decode
+        o: Tensor = decode(
             q_latent,
             latent_cache[:, :, None],
             None,
@@ -259,22 +265,36 @@ def genetic_decode(
     )
     window_size = checks.bounded(window_size)
     inputs = {"g": g, "e": e, "g_cache": g_cache, "k_cache": k_cache, "v_cache": v_cache}
-    if checks.implementation(impl, inputs) == "triton":
+    way = checks.implementation(impl, inputs, has_backward=False)
+    if way == "eager":
+        return reference.genetic_decode(
+            g,
+            e,
+            selection_pressure,
+            g_cache,
+            k_cache,
+            v_cache,
+            cache_lengths,
+            window_size=window_size,
+            environment=environment,
+            rope=rope,
+        )
+    if way == "triton":
         cos, sin = (None, None) if rope is None else rope
         q = _gene_decode(
             g, e, selection_pressure, cos, sin, g_cache, cache_lengths, window_size, environment
         )
-        o: Tensor = _decode(q, k_cache, v_cache, None, None, cache_lengths, None, window_size, 1.0)
-        return o
-    return reference.genetic_decode(
-        g,
-        e,
-        selection_pressure,
-        g_cache,
-        k_cache,
-        v_cache,
-        cache_lengths,
-        window_size=window_size,
-        environment=environment,
-        rope=rope,
-    )
+    else:
+        q = reference.gene_decode_queries(
+            g,
+            e,
+            selection_pressure,
+            g_cache,
+            cache_lengths,
+            window_size=window_size,
+            environment=environment,
+            rope=rope,
+        )
+    decode = sdpa.decode if way == "sdpa" else _decode
+    o: Tensor = decode(q, k_cache, v_cache, None, None, cache_lengths, None, window_size, 1.0)
+    return o

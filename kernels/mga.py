@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import checks, reference
+from kernels import checks, reference, sdpa
 from kernels.attention import core_backward, core_forward
 from kernels.autocast import without_autocast
 from kernels.core.problem import Genes, Problem
@@ -138,8 +138,7 @@ def gene_fitness(
         window_size: tokens in a full window, the token itself included. Required.
         environment: "query" (default), "kin" or "none".
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default None.
-        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
-            widths and strides that Triton takes are those of `attention`.
+        impl: as in `attention`; "sdpa" takes running sums, in time linear in T.
 
     Returns:
         gamma [B, T, H, D] in fp32 (fp64 for fp64 inputs), summing to 1 over D.
@@ -155,13 +154,13 @@ def gene_fitness(
         g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
     )
     window_size = checks.bounded(window_size)
-    if checks.implementation(impl, {"g": g, "e": e}) == "triton":
+    way = checks.implementation(impl, {"g": g, "e": e})
+    if way == "triton":
         genes = Genes(g, e, None, None, None, cu_seqlens, window_size, environment)
         gamma: Tensor = _FitnessFunction.apply(*genes)  # type: ignore[no-untyped-call]
         return gamma
-    return reference.gene_fitness(
-        g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
-    )
+    fitness = sdpa.gene_fitness if way == "sdpa" else reference.gene_fitness
+    return fitness(g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens)
 
 
 @without_autocast
@@ -194,8 +193,7 @@ def genetic_attention(
         environment: "query" (default), "kin" or "none".
         rope: (cos, sin), each [T, D/2] fp32, or None (default); no gradient reaches them.
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default None.
-        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
-            widths and strides that Triton takes are those of `attention`.
+        impl: as in `attention`.
 
     Returns:
         [B, T, H, D_V] in g's type.
@@ -215,12 +213,14 @@ def genetic_attention(
         cu_seqlens=cu_seqlens,
     )
     window_size = checks.bounded(window_size)
-    if checks.implementation(impl, {"g": g, "e": e, "v": v}) == "triton":
+    way = checks.implementation(impl, {"g": g, "e": e, "v": v})
+    if way == "triton":
         cos, sin = (None, None) if rope is None else rope
         genes = Genes(g, e, selection_pressure, cos, sin, cu_seqlens, window_size, environment)
         o: Tensor = _GeneticFunction.apply(v, *genes)  # type: ignore[no-untyped-call]
         return o
-    return reference.genetic_attention(
+    select = sdpa.genetic_attention if way == "sdpa" else reference.genetic_attention
+    return select(
         g,
         e,
         v,

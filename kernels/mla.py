@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels import checks, reference
+from kernels import checks, reference, sdpa
 from kernels.attention import fused_attention
 from kernels.autocast import without_autocast
 from kernels.core.problem import Problem
@@ -28,15 +28,14 @@ def latent_attention(
         q_nope: [B, T, H, D_NOPE], the unrotated part of the queries.
         q_rope: [B, T, H, D_ROPE], the rotated part, or None together with k_rope.
         k_nope: [B, T, H, D_NOPE], keys expanded from the latent.
-        k_rope: [B, T, D_ROPE], one rotated key shared by all heads, never copied per head, or None.
+        k_rope: [B, T, D_ROPE], one rotated key shared by all heads, or None.
         v: [B, T, H, D_V], values expanded from the latent.
         causal: False lets every query see every key of its sequence. Default True.
         window_size: keys that a query sees, its own included; None (default) is unlimited.
         scale: factor > 0 on the scores. Default (D_NOPE + D_ROPE) ** -0.5.
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default None.
-        impl: "triton", "eager", or "auto" (default): Triton for CUDA tensors, else eager. Types,
-            widths and strides that Triton takes are those of `attention`; q_nope and q_rope
-            together fill at most 256 columns of tiles (192 + 64, 128 + 128).
+        impl: as in `attention`, but that "sdpa" copies the shared key to every head. In Triton
+            q_nope and q_rope together fill at most 256 columns of tiles (192 + 64, 128 + 128).
 
     Returns:
         [B, T, H, D_V] in the inputs' type.
@@ -59,7 +58,8 @@ def latent_attention(
     )
     window_size = checks.bounded(window_size)
     inputs = {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v}
-    if checks.implementation(impl, inputs) == "triton":
+    way = checks.implementation(impl, inputs)
+    if way != "eager":
         if scale is None:
             rope_width = 0 if q_rope is None else q_rope.shape[-1]
             scale = (q_nope.shape[-1] + rope_width) ** -0.5
@@ -74,7 +74,7 @@ def latent_attention(
             causal=causal,
             window_size=window_size,
         )
-        o, _ = fused_attention(problem)
+        o, _ = sdpa.attention(problem) if way == "sdpa" else fused_attention(problem)
         return o
     return reference.latent_attention(
         q_nope,

@@ -6,6 +6,7 @@ on rounded inputs these are the twins that those are measured against, and in fp
 Everything here is quadratic in T.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -38,14 +39,16 @@ def visible(
         Boolean [..., Tq, Tk].
     """
     distance = q_pos[..., :, None] - k_pos[..., None, :]
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        seen = seen & (distance >= 0)
-    if window_size is not None:
-        seen = seen & (distance < window_size)
+    behind, ahead = reach(causal, window_size)
+    seen = (distance <= behind) & (distance >= -ahead)
     if q_sequence is not None and k_sequence is not None:
         seen = seen & (q_sequence[..., :, None] == k_sequence[..., None, :])
     return seen
+
+
+def reach(causal: bool, window_size: int | None) -> tuple[float, float]:
+    """How many tokens behind its own place and ahead of it a query sees; inf is unlimited."""
+    return math.inf if window_size is None else window_size - 1, 0 if causal else math.inf
 
 
 def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -258,7 +261,7 @@ def genetic_attention(
     gamma = gene_fitness(
         g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
     )
-    q, k = _gene_queries(gamma, selection_pressure, rope).to(g.dtype), gene_keys(g, rope)
+    q, k = gene_queries(gamma, selection_pressure, rope).to(g.dtype), gene_keys(g, rope)
     o, _ = attention(q, k, v, window_size=window_size, scale=1.0, cu_seqlens=cu_seqlens)
     return o
 
@@ -277,14 +280,38 @@ def genetic_decode(
     rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """MGA's newest tokens against their cache: oracle of `kernels.genetic_decode`."""
+    q = gene_decode_queries(
+        g,
+        e,
+        selection_pressure,
+        g_cache,
+        cache_lengths,
+        window_size=window_size,
+        environment=environment,
+        rope=rope,
+    )
+    return attention_decode(q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=1.0)
+
+
+def gene_decode_queries(
+    g: Tensor,
+    e: Tensor | None,
+    selection_pressure: Tensor,
+    g_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    window_size: int,
+    environment: str,
+    rope: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The queries of MGA's newest tokens, in g's type."""
     seen = _seen_rows(cache_lengths, g.shape[1], g_cache.shape[1], window_size)
     genes = torch.sigmoid(g_cache.to(_accumulator(g)))
     genes = genes.masked_fill(~seen.any(dim=1)[..., None, None], 0.0)
     share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True).clamp(min=1)
     total = _product(share, rearrange(genes, "b s h d -> b s (h d)"))
     gamma = closed_form_fitness(total.reshape(g.shape), g, e, environment=environment)
-    q = _gene_queries(gamma, selection_pressure, rope).to(g.dtype)
-    return attention_decode(q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=1.0)
+    return gene_queries(gamma, selection_pressure, rope).to(g.dtype)
 
 
 @without_autocast
@@ -302,9 +329,10 @@ def gene_keys(g: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
     return (k if rope is None else rotate(k, *_constant(rope))).to(g.dtype)
 
 
-def _gene_queries(
+def gene_queries(
     gamma: Tensor, selection_pressure: Tensor, rope: tuple[Tensor, Tensor] | None
 ) -> Tensor:
+    """q = kappa sqrt(D) R gamma: fitness as the queries of MGA's selection, in gamma's type."""
     q = gamma * selection_pressure[:, None] * gamma.shape[-1] ** 0.5
     return q if rope is None else rotate(q, *_constant(rope))
 

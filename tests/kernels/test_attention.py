@@ -15,6 +15,9 @@ from kernels.core.problem import Problem
 from smollm import GroupedQueryAttention, create_smollm_with_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUSED = ["triton", "sdpa"] if DEVICE == "cpu" else ["triton"]
+EACH_FUSED = pytest.mark.parametrize("impl", FUSED)
+EACH_IMPL = pytest.mark.parametrize("impl", [*FUSED, "eager"])
 BY_NAME = {case.name: case for case in ATTENTION_CASES}
 ALL_CASES = pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
 
@@ -45,44 +48,49 @@ def random(*shape, grad=False):
     return torch.randn(*shape, device=DEVICE, requires_grad=grad)
 
 
-def assert_case_parity(case, dtype):
-    assert_parity(attend(case), attend(case, "eager"), case.inputs(dtype, DEVICE))
+def assert_case_parity(case, dtype, impl="triton"):
+    assert_parity(attend(case, impl), attend(case, "eager"), case.inputs(dtype, DEVICE))
 
 
+@EACH_FUSED
 @ALL_CASES
-def test_parity(case):
-    assert_case_parity(case, torch.float32)
+def test_parity(case, impl):
+    assert_case_parity(case, torch.float32, impl)
 
 
+@EACH_FUSED
 @cases("smollm", "tokens-17", "window-across-blocks", "width-96", "value-heads-8-4-2",
        "packed-window", "fewer-queries-window", "strided", "sinks-window")  # fmt: skip
-def test_parity_in_bfloat16(case):
-    assert_case_parity(case, torch.bfloat16)
+def test_parity_in_bfloat16(case, impl):
+    assert_case_parity(case, torch.bfloat16, impl)
 
 
+@EACH_FUSED
 @cases("tokens-65", "width-40", "sinks")
-def test_parity_in_float16(case):
-    assert_case_parity(case, torch.float16)
+def test_parity_in_float16(case, impl):
+    assert_case_parity(case, torch.float16, impl)
 
 
+@EACH_FUSED
 @ALL_CASES
-def test_identity_values_show_exactly_the_mask(case):
+def test_identity_values_show_exactly_the_mask(case, impl):
     """Where v is the identity the output is the attention matrix; so is dv where do is."""
     case = dataclasses.replace(case, batch=1, q_heads=1, k_heads=1, v_heads=None, width=16)
     inputs = case.inputs(torch.float32, DEVICE)
     inputs["v"] = torch.eye(inputs["k"].shape[1], device=DEVICE)[None, :, None].requires_grad_()
-    o, expected = attend(case)(**inputs)["o"], attend(case, "eager")(**inputs)["o"]
+    o, expected = attend(case, impl)(**inputs)["o"], attend(case, "eager")(**inputs)["o"]
     assert torch.equal(o != 0, expected != 0)
     if case.q_tokens == inputs["k"].shape[1]:
         (dv,) = torch.autograd.grad(o, inputs["v"], torch.eye(case.q_tokens)[None, :, None].to(o))
         assert torch.equal(dv[0, :, 0] != 0, (expected[0, :, 0] != 0).T)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
-def test_poison_out_of_sight_changes_no_bit(packed):
+def test_poison_out_of_sight_changes_no_bit(packed, impl):
     tokens, window, row = 150, 40, 100
     q, k, v, do = (random(1, tokens, 2, 32) for _ in range(4))
-    options = {"impl": "triton", "window_size": window, "return_lse": True}
+    options = {"impl": impl, "window_size": window, "return_lse": True}
     first = row - window + 1
     if packed:
         first = 90
@@ -102,8 +110,9 @@ def test_poison_out_of_sight_changes_no_bit(packed):
             assert torch.equal(before, after)
 
 
+@EACH_FUSED
 @cases("heads-6-2", "packed-window")
-def test_gradients_are_the_same_bits_every_time(case):
+def test_gradients_are_the_same_bits_every_time(case, impl):
     inputs = case.inputs(torch.bfloat16, DEVICE)
     names = [name for name, x in inputs.items() if x is not None and x.is_floating_point()]
     do = None
@@ -111,7 +120,7 @@ def test_gradients_are_the_same_bits_every_time(case):
     def gradients():
         nonlocal do
         leaves = {name: inputs[name].clone().requires_grad_() for name in names}
-        o = attend(case)(**inputs | leaves)["o"]
+        o = attend(case, impl)(**inputs | leaves)["o"]
         do = torch.randn_like(o) if do is None else do
         return torch.autograd.grad(o, list(leaves.values()), do)
 
@@ -155,23 +164,22 @@ def test_nothing_is_quadratic_and_nothing_is_copied():
     assert all(any(x.data_ptr() == y.data_ptr() for x in kept) for y in leaves.values())
 
 
-def test_a_summed_output_has_a_gradient():
+@EACH_FUSED
+def test_a_summed_output_has_a_gradient(impl):
     """The gradient of a sum has no strides at all."""
     leaves = [random(1, 20, 2, 16, grad=True) for _ in range(3)]
-    for impl in ("triton", "eager"):
-        o = kernels.attention(*leaves, impl=impl)
-        gradients = torch.autograd.grad(o.sum(), leaves)
-        if impl == "triton":
-            ours = gradients
-    for x, y in zip(ours, gradients, strict=True):
+    sums = (kernels.attention(*leaves, impl=name).sum() for name in (impl, "eager"))
+    gradients = [torch.autograd.grad(x, leaves) for x in sums]
+    for x, y in zip(*gradients, strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 5, 0)], ids=["B", "Tq", "Tk"])
-def test_empty_tensors(shape):
+def test_empty_tensors(shape, impl):
     batch, q_tokens, k_tokens = shape
     q, k, v = (random(batch, t, 2, 16, grad=True) for t in (q_tokens, k_tokens, k_tokens))
-    o, lse = kernels.attention(q, k, v, return_lse=True, impl="triton")
+    o, lse = kernels.attention(q, k, v, return_lse=True, impl=impl)
     assert o.shape == q.shape and o.eq(0).all()
     assert lse.shape == q.shape[:3] and lse.eq(-torch.inf).all()
     for x, dx in zip((q, k, v), torch.autograd.grad(o.sum(), (q, k, v)), strict=True):
@@ -204,14 +212,13 @@ def test_opcheck(rotary):
         torch.library.opcheck(ops.backward.default, arguments)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_as_one_graph(dynamic):
+def test_compiles_as_one_graph(dynamic, impl):
     torch.compiler.reset()
 
     def loss(q, k, v, sinks):
-        o, lse = kernels.attention(
-            q, k, v, sinks=sinks, window_size=7, return_lse=True, impl="triton"
-        )
+        o, lse = kernels.attention(q, k, v, sinks=sinks, window_size=7, return_lse=True, impl=impl)
         return o.square().sum() + lse.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)

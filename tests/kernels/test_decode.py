@@ -8,7 +8,7 @@ from cases import DECODE_CASES, DecodeCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close_to_truth
-from test_attention import DEVICE, _outputs_start_as_nan  # noqa: F401 (autouse)
+from test_attention import DEVICE, EACH_FUSED, _outputs_start_as_nan  # noqa: F401 (autouse)
 
 import kernels
 
@@ -26,13 +26,13 @@ def decode(case, inputs, impl="triton"):
     return op(**inputs, **case.arguments, impl=impl)
 
 
-def assert_case_parity(case, dtype):
+def assert_case_parity(case, dtype, impl="triton"):
     inputs = case.inputs(dtype, DEVICE)
     exact = {
         name: x.double() if x is not None and x.is_floating_point() else x
         for name, x in inputs.items()
     }
-    o = decode(case, inputs)
+    o = decode(case, inputs, impl)
     assert o.dtype == dtype
     assert_close_to_truth(o, decode(case, inputs, "eager"), decode(case, exact, "eager"), "o")
 
@@ -54,25 +54,29 @@ def rows_of_query(case, token):
     return seen
 
 
+@EACH_FUSED
 @ALL_CASES
-def test_parity(case):
-    assert_case_parity(case, torch.float32)
+def test_parity(case, impl):
+    assert_case_parity(case, torch.float32, impl)
 
 
+@EACH_FUSED
 @cases("smollm", "ragged", "splits", "width-40", "value-heads-8-4-2", "ring-window",
        "tokens-window", "tokens-ring-window", "sinks-window", "strided-tokens",
        "latent-288-32", "latent-ring-window", "latent-tokens-5")  # fmt: skip
-def test_parity_in_bfloat16(case):
-    assert_case_parity(case, torch.bfloat16)
+def test_parity_in_bfloat16(case, impl):
+    assert_case_parity(case, torch.bfloat16, impl)
 
 
+@EACH_FUSED
 @cases("tokens-5", "latent-144-32")
-def test_parity_in_float16(case):
-    assert_case_parity(case, torch.float16)
+def test_parity_in_float16(case, impl):
+    assert_case_parity(case, torch.float16, impl)
 
 
+@EACH_FUSED
 @ALL_CASES
-def test_identity_values_show_exactly_the_mask(case):
+def test_identity_values_show_exactly_the_mask(case, impl):
     """Where v is the identity the output is the attention matrix."""
     rows = min(case.rows, 200)
     width = {"width": rows} if case.latent else {"width": 16, "v_width": rows}
@@ -84,52 +88,56 @@ def test_identity_values_show_exactly_the_mask(case):
         inputs["latent_cache"] = identity
     else:
         inputs["v_cache"] = identity[:, :, None]
-    o = decode(case, inputs).reshape(len(case.lengths), -1, rows)
+    o = decode(case, inputs, impl).reshape(len(case.lengths), -1, rows)
     for token in range(o.shape[1]):
         assert torch.equal(o[:, token] != 0, rows_of_query(case, token))
 
 
+@EACH_FUSED
 @cases("ragged", "window-across-blocks", "ring-window", "sinks-window", "tokens-window",
        "tokens-ring-window", "latent-window", "latent-ring-window",
        "latent-tokens-ring-window")  # fmt: skip
-def test_poison_out_of_sight_changes_no_bit(case):
+def test_poison_out_of_sight_changes_no_bit(case, impl):
     case = dataclasses.replace(case, width=16)
     inputs = case.inputs(torch.float32, DEVICE)
-    clean = decode(case, inputs)
+    clean = decode(case, inputs, impl)
     for token in range(case.q_tokens or 1):
         unseen = ~rows_of_query(case, token)
         poison = {name: with_rows(x, unseen, 1e4) for name, x in caches(inputs).items()}
-        o = decode(case, inputs | poison)
+        o = decode(case, inputs | poison, impl)
         this = () if case.q_tokens is None else (slice(None), token)
         assert torch.equal(o[this], clean[this])
 
 
+@EACH_FUSED
 @cases("ragged", "splits", "window-in-block", "tokens-before-the-first", "latent-ragged",
        "latent-splits")  # fmt: skip
-def test_rows_that_hold_no_token_may_be_nan(case):
+def test_rows_that_hold_no_token_may_be_nan(case, impl):
     """Nor does the memory behind the last row reach the output."""
     inputs = case.inputs(torch.float32, DEVICE)
-    clean = decode(case, inputs)
+    clean = decode(case, inputs, impl)
     empty = torch.arange(case.rows, device=DEVICE) >= inputs["cache_lengths"][:, None]
     for name, x in caches(inputs).items():
         memory = x.new_full((x.shape[0], case.rows + 70, *x.shape[2:]), torch.nan)
         memory[:, : case.rows] = with_rows(x, empty, torch.nan)
         inputs[name] = memory[:, : case.rows]
-    assert torch.equal(decode(case, inputs), clean)
+    assert torch.equal(decode(case, inputs, impl), clean)
 
 
+@EACH_FUSED
 @cases("tokens-before-the-first", "sinks", "sinks-ring-tokens", "latent-ragged")
-def test_a_query_that_sees_nothing_gives_zero(case):
-    o = decode(case, case.inputs(torch.float32, DEVICE))
+def test_a_query_that_sees_nothing_gives_zero(case, impl):
+    o = decode(case, case.inputs(torch.float32, DEVICE), impl)
     o = o.reshape(len(case.lengths), case.q_tokens or 1, -1)
     nothing = torch.stack([~rows_of_query(case, i).any(1) for i in range(o.shape[1])], 1)
     assert nothing.any() and torch.equal(o.eq(0).all(-1), nothing)
 
 
+@EACH_FUSED
 @cases("splits", "tokens-40", "latent-splits")
-def test_the_output_is_the_same_bits_every_time(case):
+def test_the_output_is_the_same_bits_every_time(case, impl):
     inputs = case.inputs(torch.bfloat16, DEVICE)
-    assert torch.equal(decode(case, inputs), decode(case, inputs))
+    assert torch.equal(decode(case, inputs, impl), decode(case, inputs, impl))
 
 
 @BOTH_OPS
@@ -138,7 +146,8 @@ def test_the_output_is_the_same_bits_every_time(case):
     [(None, None), (None, 50), (5, 60)],
     ids=["all", "window", "tokens"],
 )
-def test_a_ring_equals_the_whole_cache(q_tokens, window_size, latent):
+@EACH_FUSED
+def test_a_ring_equals_the_whole_cache(q_tokens, window_size, latent, impl):
     """While it holds all that the queries see: window_size + Tq - 1 rows."""
     whole = DecodeCase(
         "", (170, 64, 30), 170, q_tokens, width=32, rope=8, window_size=window_size, latent=latent
@@ -156,8 +165,9 @@ def test_a_ring_equals_the_whole_cache(q_tokens, window_size, latent):
     torch.testing.assert_close(decode(ring, inputs | rings), expected, atol=1e-5, rtol=1e-5)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("q_tokens", [None, 3])
-def test_the_latent_is_a_key_and_a_value_that_all_heads_share(q_tokens):
+def test_the_latent_is_a_key_and_a_value_that_all_heads_share(q_tokens, impl):
     case = DecodeCase(
         "", (90, 40), q_tokens=q_tokens, q_heads=5, rope=16, window_size=50, latent=True
     )
@@ -168,42 +178,47 @@ def test_the_latent_is_a_key_and_a_value_that_all_heads_share(q_tokens):
         inputs["latent_cache"][:, :, None],
         inputs["cache_lengths"],
         **case.arguments,
-        impl="triton",
+        impl=impl,
     )
-    torch.testing.assert_close(decode(case, inputs), expanded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decode(case, inputs, impl), expanded, atol=1e-5, rtol=1e-5)
 
 
+@EACH_FUSED
 @BOTH_OPS
-def test_tokens_at_once_equal_one_at_a_time(latent):
+def test_tokens_at_once_equal_one_at_a_time(latent, impl):
     case = DecodeCase(
         "", (64, 4, 50), q_tokens=6, q_heads=6, k_heads=2, rope=16, window_size=30, latent=latent
     )
     inputs = case.inputs(torch.float32, DEVICE)
-    at_once = decode(case, inputs)
+    at_once = decode(case, inputs, impl)
     for token in range(6):
         one = {name: x[:, token] for name, x in inputs.items() if name.startswith("q")}
         one["cache_lengths"] = (inputs["cache_lengths"] - (5 - token)).clamp(min=0)
-        alone = decode(case, inputs | one)
+        alone = decode(case, inputs | one, impl)
         torch.testing.assert_close(at_once[:, token], alone, atol=1e-5, rtol=1e-5)
 
 
+@EACH_FUSED
 @BOTH_OPS
-def test_a_backward_is_refused(latent):
+def test_a_backward_is_refused(latent, impl):
     case = DecodeCase("", width=16, latent=latent)
     inputs = case.inputs(torch.float32, DEVICE)
-    o = decode(case, inputs | {name: x.requires_grad_() for name, x in caches(inputs).items()})
+    o = decode(
+        case, inputs | {name: x.requires_grad_() for name, x in caches(inputs).items()}, impl
+    )
     with pytest.raises(RuntimeError):
         o.sum().backward()
 
 
+@EACH_FUSED
 @BOTH_OPS
 @pytest.mark.parametrize("q_tokens", [None, 2])
-def test_compiles_as_one_graph(q_tokens, latent):
+def test_compiles_as_one_graph(q_tokens, latent, impl):
     torch.compiler.reset()
     case = DecodeCase("", (70, 3), q_tokens=q_tokens, width=16, rope=8, latent=latent)
 
     def step(inputs):
-        return decode(case, inputs) * 2
+        return decode(case, inputs, impl) * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     inputs = case.inputs(torch.float32, DEVICE)
@@ -212,14 +227,15 @@ def test_compiles_as_one_graph(q_tokens, latent):
         inputs["cache_lengths"] = inputs["cache_lengths"] + 1
 
 
+@EACH_FUSED
 @BOTH_OPS
 @pytest.mark.parametrize("shape", [((), 64, None), ((0,), 0, None), ((9,), 64, 0)],
                          ids=["B", "S", "Tq"])  # fmt: skip
-def test_empty_tensors(shape, latent):
+def test_empty_tensors(shape, latent, impl):
     lengths, rows, q_tokens = shape
     case = DecodeCase("", lengths, rows, q_tokens, width=16, rope=8, latent=latent)
     inputs = case.inputs(torch.float32, DEVICE)
-    o = decode(case, inputs)
+    o = decode(case, inputs, impl)
     assert o.shape == inputs["q_latent" if latent else "q"].shape and o.eq(0).all()
 
 

@@ -1,4 +1,4 @@
-"""What every op keeps, forward and backward, through Triton and eager alike."""
+"""What every op keeps, forward and backward, through each implementation alike."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from cases import AttentionCase, DecodeCase, GeneticCase, GeneticDecodeCase, LatentCase
-from test_attention import DEVICE, _outputs_start_as_nan  # noqa: F401 (autouse)
+from test_attention import DEVICE, EACH_IMPL, FUSED, _outputs_start_as_nan  # noqa: F401 (autouse)
 
 import kernels
 
@@ -17,7 +17,7 @@ PACKED = {"window_size": 9, "lengths": (7, 13)}
 
 @dataclass
 class Op:
-    """An op, its case, and whether Triton has its backward."""
+    """An op, its case, and whether more than the oracle has its backward."""
 
     call: object
     case: object
@@ -81,7 +81,6 @@ OPS = {
     ),
 }
 EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-EACH_IMPL = pytest.mark.parametrize("impl", ["triton", "eager"])
 
 
 def leaves_of(inputs):
@@ -96,7 +95,7 @@ def results(op, impl, inputs, upstream=None):
     """Outputs, and where there is a backward gradients, under an upstream gradient of each."""
     inputs = leaves_of(inputs)
     outputs = op(impl, inputs)
-    if impl == "triton" and not op.differentiable:
+    if impl != "eager" and not op.differentiable:
         return outputs
     leaves = [x for x in inputs.values() if x.requires_grad]
     if upstream is None:
@@ -162,7 +161,7 @@ def upstreams(outputs):
 BACKWARDS = {
     f"{impl}-{name}": (op, impl)
     for name, op in OPS.items()
-    for impl in ("triton", "eager")
+    for impl in (*FUSED, "eager")
     if impl == "eager" or op.differentiable
 }
 

@@ -9,7 +9,7 @@ from cases import GENETIC_CASES, GeneticCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_parity
-from test_attention import DEVICE, _outputs_start_as_nan, random  # noqa: F401 (autouse)
+from test_attention import DEVICE, EACH_FUSED, _outputs_start_as_nan, random  # noqa: F401 (autouse)
 from test_latent import measured
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -57,17 +57,17 @@ def of_fitness(inputs):
     return {name: inputs[name] for name in ("g", "e", "cu_seqlens")}
 
 
-def assert_case_parity(case, dtype, inputs=None):
+def assert_case_parity(case, dtype, impl="triton", inputs=None):
     inputs = case.inputs(dtype, DEVICE) if inputs is None else inputs
     held = {}
     if case.heads < MANY_HEADS:  # the root mean square of so few numbers is luck
         held["selection_pressure"] = inputs.pop("selection_pressure")
-    assert_parity(attend(case, **held), attend(case, "eager", **held), inputs)
+    assert_parity(attend(case, impl, **held), attend(case, "eager", **held), inputs)
 
 
-def assert_fitness_parity(case, dtype):
+def assert_fitness_parity(case, dtype, impl="triton"):
     inputs = of_fitness(case.inputs(dtype, DEVICE))
-    assert_parity(fitness(case), fitness(case, "eager"), inputs)
+    assert_parity(fitness(case, impl), fitness(case, "eager"), inputs)
 
 
 def leaves_of(inputs):
@@ -86,32 +86,37 @@ def seen(case):
     return (distance >= 0) & (distance < case.window_size) & same
 
 
+@EACH_FUSED
 @ALL_CASES
-def test_parity(case):
-    assert_case_parity(case, torch.float32)
+def test_parity(case, impl):
+    assert_case_parity(case, torch.float32, impl)
 
 
+@EACH_FUSED
 @cases("smollm", "tokens-17", "window-across-blocks", "width-96", "kin", "none-plain", "packed",
        "strided-values", "pressure")  # fmt: skip
-def test_parity_in_bfloat16(case):
-    assert_case_parity(case, torch.bfloat16)
+def test_parity_in_bfloat16(case, impl):
+    assert_case_parity(case, torch.bfloat16, impl)
 
 
+@EACH_FUSED
 @cases("window-in-block", "width-40")
-def test_parity_in_float16(case):
-    assert_case_parity(case, torch.float16)
+def test_parity_in_float16(case, impl):
+    assert_case_parity(case, torch.float16, impl)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @cases("tokens-1", "tokens-129", "window-1", "window-in-block", "window-64", "window-65",
        "window-over-T", "width-5", "width-96", "kin", "kin-window-over-T", "none", "packed",
        "packed-kin", "packed-at-blocks", "strided")  # fmt: skip
-def test_parity_of_fitness(case, dtype):
-    assert_fitness_parity(case, dtype)
+def test_parity_of_fitness(case, dtype, impl):
+    assert_fitness_parity(case, dtype, impl)
 
 
+@EACH_FUSED
 @EACH_ENVIRONMENT
-def test_parity_of_extreme_logits(environment):
+def test_parity_of_extreme_logits(environment, impl):
     """sigmoid(-100) is 0 in fp32 and its logarithm -100: whole rows of it must stay finite."""
     case = GeneticCase("", tokens=40, width=16, window_size=7, environment=environment)
     inputs = case.inputs(torch.float32, DEVICE)
@@ -121,18 +126,19 @@ def test_parity_of_extreme_logits(environment):
             x[:, 5:14] = -100
             x[:, 20:24] = 100
             x[:, 30] = -1000
-    assert_parity(fitness(case), fitness(case, "eager"), of_fitness(inputs))
-    assert_case_parity(case, torch.float32, inputs)
+    assert_parity(fitness(case, impl), fitness(case, "eager"), of_fitness(inputs))
+    assert_case_parity(case, torch.float32, impl, inputs)
 
 
+@EACH_FUSED
 @cases("tokens-1", "tokens-129", "window-1", "window-in-block", "window-64", "window-75",
        "window-over-T", "none-plain", "packed", "packed-at-blocks")  # fmt: skip
-def test_identity_values_show_exactly_the_mask(case):
+def test_identity_values_show_exactly_the_mask(case, impl):
     """Where v is the identity the output is who is selected by whom; so is dv where do is."""
     case = dataclasses.replace(case, heads=1, width=16)
     identity = torch.eye(case.tokens, device=DEVICE)[None, :, None]
     inputs = case.inputs(torch.float32, DEVICE) | {"v": identity.clone().requires_grad_()}
-    o = attend(case)(**inputs)["o"]
+    o = attend(case, impl)(**inputs)["o"]
     assert torch.equal(o[0, :, 0] > 0, seen(case)) and o.ge(0).all()
     torch.testing.assert_close(o.sum(-1), torch.ones_like(o[..., 0]))
     (dv,) = torch.autograd.grad(o, inputs["v"], identity)
@@ -145,7 +151,8 @@ def test_identity_values_show_exactly_the_mask(case):
      (40, "query", (32, 32, 0, 36)), (200, "kin", (65, 35))],
     ids=["7", "16", "64", "75", "packed-40", "packed-200"],
 )  # fmt: skip
-def test_poison_out_of_sight_changes_no_bit(window_size, environment, lengths):
+@EACH_FUSED
+def test_poison_out_of_sight_changes_no_bit(window_size, environment, lengths, impl):
     """Of a row's output, fitness and gradients; what a row does not see it gives no gradient."""
     case = GeneticCase("", tokens=100, heads=1, width=16, window_size=window_size,
                        environment=environment, lengths=lengths)  # fmt: skip
@@ -154,8 +161,8 @@ def test_poison_out_of_sight_changes_no_bit(window_size, environment, lengths):
 
     def run(inputs):
         leaves = leaves_of(inputs)
-        o = attend(case)(**inputs | leaves)["o"]
-        gamma = fitness(case)(**of_fitness(inputs))["gamma"]
+        o = attend(case, impl)(**inputs | leaves)["o"]
+        gamma = fitness(case, impl)(**of_fitness(inputs))["gamma"]
 
         def of_row(row):
             gradients = torch.autograd.grad(o[:, row], [*leaves.values()], do[:, row], True)
@@ -180,24 +187,27 @@ def test_poison_out_of_sight_changes_no_bit(window_size, environment, lengths):
             assert torch.equal(same, dx), f"d{name} of row {row}"
 
 
-def test_a_window_of_one_selects_oneself():
+@EACH_FUSED
+def test_a_window_of_one_selects_oneself(impl):
     case = GeneticCase("", tokens=70, heads=6, v_heads=2, width=16, v_width=24, window_size=1)
     inputs = case.inputs(torch.float32, DEVICE)
     expected = inputs["v"].repeat_interleave(3, dim=2)
-    torch.testing.assert_close(attend(case)(**inputs)["o"], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(attend(case, impl)(**inputs)["o"], expected, atol=1e-6, rtol=0)
 
 
+@EACH_FUSED
 @EACH_ENVIRONMENT
 @pytest.mark.parametrize("width", [1, 40, 64])
-def test_fitness_is_shared_among_the_genes(width, environment):
+def test_fitness_is_shared_among_the_genes(width, environment, impl):
     case = GeneticCase("", width=width, window_size=7, environment=environment)
     inputs = case.inputs(torch.bfloat16, DEVICE)
-    gamma = fitness(case)(**of_fitness(inputs))["gamma"]
+    gamma = fitness(case, impl)(**of_fitness(inputs))["gamma"]
     assert gamma.dtype == torch.float32 and gamma.gt(0).all()
     torch.testing.assert_close(gamma.sum(-1), torch.ones_like(gamma[..., 0]), atol=1e-6, rtol=0)
 
 
-def test_an_open_environment_re_weighs_nothing():
+@EACH_FUSED
+def test_an_open_environment_re_weighs_nothing(impl):
     none = GeneticCase("", tokens=70, width=16, environment="none")
     inputs = none.inputs(torch.float32, DEVICE)
     opened = inputs | {"e": torch.zeros_like(inputs["g"])}
@@ -259,15 +269,16 @@ def test_memory_is_linear_and_little_is_kept(environment):
     assert lse.nbytes == 2 * 4 * case.tokens * case.heads  # fp32 inputs: with its rounding
 
 
+@EACH_FUSED
 @cases("tokens-65", "packed", "strided")
-def test_gradients_are_the_same_bits_every_time(case):
+def test_gradients_are_the_same_bits_every_time(case, impl):
     inputs = case.inputs(torch.bfloat16, DEVICE)
     leaves = leaves_of(inputs)
     do = torch.randn_like(inputs["v"])
 
     def gradients():
-        o = attend(case)(**inputs | leaves)["o"]
-        gamma = fitness(case)(**of_fitness(inputs | leaves))["gamma"]
+        o = attend(case, impl)(**inputs | leaves)["o"]
+        gamma = fitness(case, impl)(**of_fitness(inputs | leaves))["gamma"]
         of_gamma = torch.autograd.grad(gamma, (leaves["g"], leaves["e"]), do.float())
         return *torch.autograd.grad(o, list(leaves.values()), do), *of_gamma
 
@@ -275,15 +286,16 @@ def test_gradients_are_the_same_bits_every_time(case):
         assert torch.equal(one, other)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("name", ["g", "e", "v", "selection_pressure"])
-def test_one_input_alone_may_ask_for_gradients(name):
+def test_one_input_alone_may_ask_for_gradients(name, impl):
     case = GeneticCase("", tokens=20, v_heads=1, width=16, window_size=7)
     inputs = case.inputs(torch.float32, DEVICE)
     x = inputs[name].requires_grad_()
     do = random(1, 20, 3, 16)
     ours, expected = (
-        torch.autograd.grad(attend(case, impl)(**inputs)["o"], x, do)[0]
-        for impl in ("triton", "eager")
+        torch.autograd.grad(attend(case, which)(**inputs)["o"], x, do)[0]
+        for which in (impl, "eager")
     )
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
 
@@ -301,16 +313,17 @@ def test_a_pressure_in_bfloat16_is_taken_as_the_number_it_is():
     assert torch.equal(o, expected) and torch.equal(dpressure, exact.bfloat16())
 
 
-def test_a_summed_output_has_a_gradient():
+@EACH_FUSED
+def test_a_summed_output_has_a_gradient(impl):
     """The gradient of a sum has no strides at all."""
     case = GeneticCase("", tokens=20, width=16, window_size=7)
     inputs = case.inputs(torch.float32, DEVICE)
     leaves = leaves_of(inputs)
     for op, names in ((attend, list(leaves)), (fitness, ["g", "e"])):
         gradients = []
-        for impl in ("triton", "eager"):
+        for which in (impl, "eager"):
             given = inputs | leaves if op is attend else of_fitness(inputs | leaves)
-            (out,) = op(case, impl)(**given).values()
+            (out,) = op(case, which)(**given).values()
             gradients.append(torch.autograd.grad(out.sum(), [leaves[n] for n in names]))
         for x, y in zip(*gradients, strict=True):
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
@@ -330,10 +343,11 @@ def test_opcheck(environment):
         torch.library.opcheck(ops.fitness_backward.default, (*genes, *upstream))
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_as_one_graph(dynamic):
+def test_compiles_as_one_graph(dynamic, impl):
     torch.compiler.reset()
-    options = {"window_size": 7, "impl": "triton"}
+    options = {"window_size": 7, "impl": impl}
 
     def outputs(g, e, v, selection_pressure, cos, sin):
         o = kernels.genetic_attention(g, e, v, selection_pressure, rope=(cos, sin), **options)
@@ -353,13 +367,14 @@ def test_compiles_as_one_graph(dynamic):
             torch.testing.assert_close(x, y)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (1, 0)], ids=["B", "T"])
-def test_empty_tensors(batch, tokens):
+def test_empty_tensors(batch, tokens, impl):
     case = GeneticCase("", batch=batch, tokens=tokens, width=16, v_width=24)
     inputs = case.inputs(torch.float32, DEVICE)
     leaves = leaves_of(inputs)
-    o = attend(case)(**inputs | leaves)["o"]
-    gamma = fitness(case)(**of_fitness(inputs | leaves))["gamma"]
+    o = attend(case, impl)(**inputs | leaves)["o"]
+    gamma = fitness(case, impl)(**of_fitness(inputs | leaves))["gamma"]
     assert o.shape == inputs["v"].shape and gamma.shape == inputs["g"].shape
     gradients = torch.autograd.grad(o.sum() + gamma.sum(), list(leaves.values()))
     for x, dx in zip(leaves.values(), gradients, strict=True):

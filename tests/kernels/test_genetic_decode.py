@@ -8,14 +8,13 @@ from cases import GENETIC_DECODE_CASES, GeneticCase, GeneticDecodeCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close_to_truth
-from test_attention import DEVICE, _outputs_start_as_nan  # noqa: F401 (autouse)
+from test_attention import DEVICE, EACH_FUSED, EACH_IMPL, _outputs_start_as_nan  # noqa: F401 (autouse)
 from test_decode import caches, rows_of_query, with_rows
 
 import kernels
 
 BY_NAME = {case.name: case for case in GENETIC_DECODE_CASES}
 ALL_CASES = pytest.mark.parametrize("case", GENETIC_DECODE_CASES, ids=lambda case: case.name)
-EACH_IMPL = pytest.mark.parametrize("impl", ["triton", "eager"])
 
 
 def cases(*names):
@@ -26,30 +25,33 @@ def decode(case, inputs, impl="triton"):
     return kernels.genetic_decode(**inputs, **case.arguments, rope=case.tables(DEVICE), impl=impl)
 
 
-def assert_case_parity(case, dtype):
+def assert_case_parity(case, dtype, impl="triton"):
     inputs = case.inputs(dtype, DEVICE)
     exact = {
         name: x.double() if x is not None and x.is_floating_point() else x
         for name, x in inputs.items()
     }
-    o = decode(case, inputs)
+    o = decode(case, inputs, impl)
     assert o.dtype == dtype
     assert_close_to_truth(o, decode(case, inputs, "eager"), decode(case, exact, "eager"), "o")
 
 
+@EACH_FUSED
 @ALL_CASES
-def test_parity(case):
-    assert_case_parity(case, torch.float32)
+def test_parity(case, impl):
+    assert_case_parity(case, torch.float32, impl)
 
 
+@EACH_FUSED
 @cases("smollm", "window-in-ring", "tokens-5", "kin", "width-96", "strided")
-def test_parity_in_bfloat16(case):
-    assert_case_parity(case, torch.bfloat16)
+def test_parity_in_bfloat16(case, impl):
+    assert_case_parity(case, torch.bfloat16, impl)
 
 
+@EACH_FUSED
 @cases("window-over-tiles", "width-40")
-def test_parity_in_float16(case):
-    assert_case_parity(case, torch.float16)
+def test_parity_in_float16(case, impl):
+    assert_case_parity(case, torch.float16, impl)
 
 
 @EACH_IMPL
@@ -107,18 +109,20 @@ def test_it_continues_the_whole_sequence(q_tokens, window, rows, environment, im
     torch.testing.assert_close(o, whole[:, -q_tokens:], atol=1e-5, rtol=1e-5)
 
 
-def test_the_output_is_the_same_bits_every_time():
+@EACH_FUSED
+def test_the_output_is_the_same_bits_every_time(impl):
     case = BY_NAME["window-over-tiles"]
     inputs = case.inputs(torch.bfloat16, DEVICE)
-    assert torch.equal(decode(case, inputs), decode(case, inputs))
+    assert torch.equal(decode(case, inputs, impl), decode(case, inputs, impl))
 
 
-def test_compiles_as_one_graph():
+@EACH_FUSED
+def test_compiles_as_one_graph(impl):
     torch.compiler.reset()
     case = dataclasses.replace(BY_NAME["kin"], width=16)
 
     def step(inputs):
-        return decode(case, inputs) * 2
+        return decode(case, inputs, impl) * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     inputs = case.inputs(torch.float32, DEVICE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import LATENT_CASES, LatentCase
 from numerics import assert_parity
-from test_attention import DEVICE, _outputs_start_as_nan, random  # noqa: F401 (autouse)
+from test_attention import DEVICE, EACH_FUSED, _outputs_start_as_nan, random  # noqa: F401 (autouse)
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
@@ -28,44 +28,49 @@ def attend(case, impl="triton"):
     return run
 
 
-def assert_case_parity(case, dtype):
-    assert_parity(attend(case), attend(case, "eager"), case.inputs(dtype, DEVICE))
+def assert_case_parity(case, dtype, impl="triton"):
+    assert_parity(attend(case, impl), attend(case, "eager"), case.inputs(dtype, DEVICE))
 
 
+@EACH_FUSED
 @ALL_CASES
-def test_parity(case):
-    assert_case_parity(case, torch.float32)
+def test_parity(case, impl):
+    assert_case_parity(case, torch.float32, impl)
 
 
+@EACH_FUSED
 @cases("rope-free", "widths-40-8-24", "tokens-65", "packed-window", "strided")
-def test_parity_in_bfloat16(case):
-    assert_case_parity(case, torch.bfloat16)
+def test_parity_in_bfloat16(case, impl):
+    assert_case_parity(case, torch.bfloat16, impl)
 
 
+@EACH_FUSED
 @cases("window-in-block")
-def test_parity_in_float16(case):
-    assert_case_parity(case, torch.float16)
+def test_parity_in_float16(case, impl):
+    assert_case_parity(case, torch.float16, impl)
 
 
+@EACH_FUSED
 @cases("tokens-1", "tokens-129", "window-1", "window-in-block", "packed-window", "bidirectional")
-def test_identity_values_show_exactly_the_mask(case):
+def test_identity_values_show_exactly_the_mask(case, impl):
     """Where v is the identity the output is the attention matrix; so is dv where do is."""
     case = dataclasses.replace(case, heads=1, nope=16, rope=8)
     identity = torch.eye(case.tokens, device=DEVICE)[None, :, None]
     inputs = case.inputs(torch.float32, DEVICE) | {"v": identity.clone().requires_grad_()}
-    o, expected = attend(case)(**inputs)["o"], attend(case, "eager")(**inputs)["o"]
+    o, expected = attend(case, impl)(**inputs)["o"], attend(case, "eager")(**inputs)["o"]
     assert torch.equal(o != 0, expected != 0)
     (dv,) = torch.autograd.grad(o, inputs["v"], identity)
     assert torch.equal(dv[0, :, 0] != 0, (expected[0, :, 0] != 0).T)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
-def test_poison_out_of_sight_changes_no_bit(packed):
+def test_poison_out_of_sight_changes_no_bit(packed, impl):
     tokens, window, row = 110, 30, 80
     q_nope, q_rope, k_nope, k_rope, v, do = (
         random(1, tokens, *rest) for rest in ((2, 16), (2, 8), (2, 16), (8,), (2, 16), (2, 16))
     )
-    options = {"impl": "triton", "window_size": window}
+    options = {"impl": impl, "window_size": window}
     first = row - window + 1
     if packed:
         first = 70
@@ -87,14 +92,17 @@ def test_poison_out_of_sight_changes_no_bit(packed):
         assert torch.equal(before, after)
 
 
+@EACH_FUSED
 @cases("widths-16-64-16", "packed-window")
-def test_gradients_are_the_same_bits_every_time(case):
+def test_gradients_are_the_same_bits_every_time(case, impl):
     inputs = case.inputs(torch.bfloat16, DEVICE)
     leaves = [
         x.requires_grad_() for x in inputs.values() if x is not None and x.dtype.is_floating_point
     ]
     do = torch.randn_like(inputs["v"])
-    one, other = (torch.autograd.grad(attend(case)(**inputs)["o"], leaves, do) for _ in range(2))
+    one, other = (
+        torch.autograd.grad(attend(case, impl)(**inputs)["o"], leaves, do) for _ in range(2)
+    )
     assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
@@ -139,19 +147,20 @@ def test_nothing_is_quadratic_and_nothing_is_copied():
     assert max(allocated) <= per_head_share
 
 
-def test_equals_attention_over_joined_widths():
+@EACH_FUSED
+def test_equals_attention_over_joined_widths(impl):
     case = LatentCase("", tokens=70, heads=3, nope=32, rope=16, v_width=24, window_size=40)
     inputs = case.inputs(torch.float32, DEVICE)
     leaves = [x.requires_grad_() for x in inputs.values() if x is not None]
     q_nope, q_rope, k_nope, k_rope, v = leaves
-    o = kernels.latent_attention(*leaves, window_size=40, impl="triton")
+    o = kernels.latent_attention(*leaves, window_size=40, impl=impl)
     shared = k_rope[:, :, None].expand_as(q_rope)
     joined = kernels.attention(
         torch.cat((q_nope, q_rope), -1),
         torch.cat((k_nope, shared), -1),
         v,
         window_size=40,
-        impl="triton",
+        impl=impl,
     )
     do = torch.randn_like(o)
     torch.testing.assert_close(o, joined, atol=1e-5, rtol=1e-5)
@@ -160,26 +169,26 @@ def test_equals_attention_over_joined_widths():
         torch.testing.assert_close(dx, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_rope_alone_may_ask_for_gradients():
+@EACH_FUSED
+def test_rope_alone_may_ask_for_gradients(impl):
     inputs = LatentCase("", tokens=20, nope=16, rope=8, v_width=16).inputs(torch.float32, DEVICE)
     k_rope = inputs["k_rope"].requires_grad_()
     ours, expected = (
-        torch.autograd.grad(kernels.latent_attention(**inputs, impl=impl).sum(), k_rope)[0]
-        for impl in ("triton", "eager")
+        torch.autograd.grad(kernels.latent_attention(**inputs, impl=name).sum(), k_rope)[0]
+        for name in (impl, "eager")
     )
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize("rope", [8, 0], ids=["rope", "rope-free"])
-def test_compiles_as_one_graph(rope):
+def test_compiles_as_one_graph(rope, impl):
     torch.compiler.reset()
 
     def loss(*tensors):
         q_nope, k_nope, v, *pair = tensors
         q_rope, k_rope = pair or (None, None)
-        o = kernels.latent_attention(
-            q_nope, q_rope, k_nope, k_rope, v, window_size=7, impl="triton"
-        )
+        o = kernels.latent_attention(q_nope, q_rope, k_nope, k_rope, v, window_size=7, impl=impl)
         return o.square().sum()
 
     leaves = [random(1, 20, 2, 16, grad=True) for _ in range(3)]
@@ -191,11 +200,12 @@ def test_compiles_as_one_graph(rope):
         torch.testing.assert_close(x, y)
 
 
+@EACH_FUSED
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (1, 0)], ids=["B", "T"])
-def test_empty_tensors(batch, tokens):
+def test_empty_tensors(batch, tokens, impl):
     inputs = LatentCase("", batch=batch, tokens=tokens).inputs(torch.float32, DEVICE)
     leaves = [x.requires_grad_() for x in inputs.values() if x is not None]
-    o = kernels.latent_attention(**inputs, impl="triton")
+    o = kernels.latent_attention(**inputs, impl=impl)
     assert o.shape == inputs["v"].shape
     for x, dx in zip(leaves, torch.autograd.grad(o.sum(), leaves), strict=True):
         assert dx.shape == x.shape

@@ -1,0 +1,394 @@
+"""Every op on CPUs through PyTorch's fused attention, over the keys that blocks of queries see.
+
+`kernels.reference` holds the scores of all pairs; here a block of queries meets the interval of
+keys that one of them sees, so that memory and, under a window, time are linear in T. Numbers are in
+fp32, or fp64 for fp64 inputs, throughout.
+"""
+
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from kernels import reference
+from kernels.core.problem import Problem
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_FEWEST_QUERIES, _MOST_QUERIES = 64, 256  # of a block under a window
+_CALL = "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool causal, int? window"
+
+
+class Block(NamedTuple):
+    """Queries, and the keys that at least one of them sees."""
+
+    queries: slice
+    keys: slice
+    is_causal: bool = False  # each sees the keys up to its own place among them
+    mask: Tensor | None = None  # [queries, keys], 0 where seen and else -inf
+
+    def after(self, tokens: int) -> "Block":
+        """The same behind so many tokens of other sequences."""
+        queries, keys = (slice(x.start + tokens, x.stop + tokens) for x in self[:2])
+        return self._replace(queries=queries, keys=keys)
+
+
+def blocks(
+    q_tokens: int,
+    k_tokens: int,
+    *,
+    causal: bool,
+    window_size: int | None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Block]:
+    """Who sees whom, as `reference.visible` has it; queries without keys are in no block."""
+    if cu_seqlens is not None:
+        own = partial(blocks, causal=causal, window_size=window_size, dtype=dtype)
+        sequences = pairwise(cu_seqlens.tolist())
+        return [x.after(start) for start, end in sequences for x in own(*[end - start] * 2)]
+    behind, ahead = reference.reach(causal, window_size)
+    if ahead:
+        return [Block(slice(0, q_tokens), slice(0, k_tokens))] if q_tokens and k_tokens else []
+    found = []
+    shift = k_tokens - q_tokens  # both sequences end together
+    window = int(min(behind + 1, k_tokens))
+    first = max(0, -shift)
+    if window and shift <= 0:  # until their windows are full, they see all that came before
+        found.append(Block(slice(first, first + window), slice(0, window), is_causal=True))
+        first += window
+    most = min(max(window // 4, _FEWEST_QUERIES), _MOST_QUERIES)
+    while first < q_tokens:
+        end = min(first + most, q_tokens)
+        start = first + shift + 1 - window
+        keys = slice(max(0, start), end + shift)
+        mask = _band(most, window, dtype)[: end - first, keys.start - start : keys.stop - start]
+        found.append(Block(slice(first, end), keys, mask=mask if end - first > 1 else None))
+        first = end
+    return found
+
+
+@lru_cache(maxsize=4)
+def _band(queries: int, window: int, dtype: torch.dtype) -> Tensor:
+    """The mask of so many queries in a row, from the first key that the first of them sees."""
+    k_pos = torch.arange(window + queries - 1)
+    seen = reference.visible(k_pos[window - 1 :], k_pos, window_size=window)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+@torch.library.custom_op(
+    "smollm_attention::sdpa", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
+)
+def _forward(*call: Any) -> tuple[Tensor, Tensor]:
+    """o [B, Tq, HQ, D] and its lse [B, Tq, HQ]; q, k and v are of one width."""
+    q, k, v, _cu_seqlens, scale, *_ = call
+    o, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], float("-inf"))
+    for rows, keys, is_causal, mask in _blocks_of(*call):
+        q_t, k_t, v_t = _heads_first(q[:, rows], k[:, keys], v[:, keys])
+        outputs = _flash(q_t, k_t, v_t, 0.0, is_causal, attn_mask=mask, scale=scale)
+        o[:, rows], lse[:, rows] = _heads_first(*outputs)
+    return o, lse
+
+
+@_forward.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1])
+
+
+@torch.library.custom_op(
+    "smollm_attention::sdpa_backward",
+    mutates_args=(),
+    schema=f"({_CALL}, Tensor o, Tensor lse, Tensor do) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv."""
+    *call, o, lse, do = arguments
+    q, k, v, _cu_seqlens, scale, *_ = call
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys, is_causal, mask in _blocks_of(*call):
+        do_t, q_t, k_t, v_t, o_t, lse_t = _heads_first(
+            do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, rows]
+        )
+        gradients = _flash_backward(
+            do_t, q_t, k_t, v_t, o_t, lse_t, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        dq_rows, dk_keys, dv_keys = _heads_first(*gradients)
+        dq[:, rows] = dq_rows
+        dk[:, keys] += dk_keys
+        dv[:, keys] += dv_keys
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _blocks_of(
+    q: Tensor,
+    k: Tensor,
+    _v: Tensor,
+    cu_seqlens: Tensor | None,
+    _scale: float,
+    causal: bool,
+    window: int | None,
+) -> list[Block]:
+    if 0 in q.shape:
+        return []
+    return blocks(
+        q.shape[1],
+        k.shape[1],
+        causal=causal,
+        window_size=window,
+        cu_seqlens=cu_seqlens,
+        dtype=q.dtype,
+    )
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """The axes of tokens and heads exchanged: into PyTorch's layout, or back."""
+    return [x.transpose(1, 2) for x in tensors]
+
+
+class _AttentionFunction(torch.autograd.Function):
+    """o and its lse; keeps the inputs and both for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, with_dlse: bool, with_excess: bool, *call: Any) -> tuple[Tensor, Tensor]:
+        o, lse = _forward(*call)
+        ctx.save_for_backward(*call[:4], o, lse)
+        ctx.flags, ctx.plain = (with_dlse, with_excess), call[4:]
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_seqlens, o, lse = ctx.saved_tensors
+        with_dlse, with_excess = ctx.flags
+        width, keys = q.shape[-1], k
+        if with_dlse or with_excess:  # in one more column
+            q, o = F.pad(q, (0, 1)), F.pad(o, (0, 1))
+            v, do = F.pad(v, (0, 1), value=1.0), torch.cat((do, dlse[..., None]), dim=-1)
+            k = F.pad(k, (0, 1), value=float(with_excess))  # so that dq has sum_j dS there
+        dq, dk, dv = _backward(q, k, v, cu_seqlens, *ctx.plain, o, lse, do)
+        if with_excess:  # rounding alone, but of scores that are much like the token's own
+            dq = torch.addcmul(dq, dq[..., width:], F.pad(keys, (0, 1)), value=-1)
+        gradients = (d[..., :width] for d in (dq, dk, dv))
+        return None, None, *gradients, *(None,) * (1 + len(ctx.plain))
+
+
+def attention(
+    problem: Problem, *, with_dlse: bool = False, with_excess: bool = False
+) -> tuple[Tensor, Tensor]:
+    """o [B, Tq, HQ, D_V] and its lse [B, Tq, HQ] as `reference.attention` has them.
+
+    The lse has a gradient only if asked to. With the excess, for as many queries as keys, dq leaves
+    out what rounding makes of sum_j dS = 0, as far as the keys are like the query's own.
+    """
+    sinks = problem.sinks
+    o, lse = _attend(problem, with_dlse or sinks is not None, with_excess)
+    if sinks is not None:
+        o, lse = _with_sinks(o, lse, sinks)
+    return o.to(problem.v.dtype), lse
+
+
+def _attend(
+    problem: Problem, with_dlse: bool = False, with_excess: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Both as computed, before sinks."""
+    q, k, v, q_rope, k_rope, _sinks, *plain = problem
+    if q_rope is not None and k_rope is not None:
+        shared = repeat(k_rope, "b t d -> b t h d", h=k.shape[2])
+        q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, shared), dim=-1)
+    if v.shape[2] not in (0, k.shape[2]):
+        v = v.repeat_interleave(k.shape[2] // v.shape[2], dim=2)
+    columns = max(q.shape[-1], v.shape[-1])
+    inputs = (_rows(x, columns) for x in (q, k, v))
+    o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
+        with_dlse, with_excess, *inputs, *plain
+    )
+    return o[..., : v.shape[-1]], lse
+
+
+def _rows(x: Tensor, columns: int) -> Tensor:
+    """x in the type that it is computed in, rows dense and as wide as asked."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.shape[-1] < columns:
+        return F.pad(x, (0, columns - x.shape[-1]))
+    is_dense = x.stride(-1) == 1 and x.stride(1) >= columns
+    return x if is_dense else x.contiguous()
+
+
+def _with_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of the softmax that each head's sink has joined."""
+    sinks = sinks.to(lse.dtype)
+    sees_any = lse != float("-inf")
+    finite = torch.where(sees_any, lse, 0.0)  # less a sink of -inf it must not be nan
+    o = o * torch.sigmoid(finite - sinks)[..., None]
+    alone = torch.where(sinks != float("-inf"), sinks, float("-inf"))  # without its gradient
+    return o, torch.where(sees_any, torch.logaddexp(finite, sinks), alone)
+
+
+def _new_output(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
+    """An empty output of decoding."""
+    values = k_cache if v_cache is None else v_cache
+    return q.new_empty(*q.shape[:3], values.shape[-1])
+
+
+@torch.library.custom_op("smollm_attention::sdpa_decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    q_rope: Tensor | None,
+    rope_cache: Tensor | None,
+    cache_lengths: Tensor,
+    sinks: Tensor | None,
+    window_size: int | None,
+    scale: float,
+) -> Tensor:
+    """q [B, Tq, HQ, D_QK] against the rows in use; without a v_cache the values are the keys."""
+    o = _new_output(q, k_cache, v_cache)
+    lengths = cache_lengths.tolist() if o.numel() else []
+    at_once = len(lengths) if len(set(lengths)) == 1 else 1
+    for first in range(0, len(lengths), at_once):
+        batch = slice(first, first + at_once)
+        q_own, k, v, q_rope_own, rope = (
+            None if x is None else x[batch] for x in (q, k_cache, v_cache, q_rope, rope_cache)
+        )
+        assert q_own is not None and k is not None
+        o[batch] = _decode_equal(
+            q_own, k, v, q_rope_own, rope, lengths[first], sinks, window_size, scale
+        )
+    return o
+
+
+decode.register_fake(_new_output)
+
+
+def _decode_equal(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    q_rope: Tensor | None,
+    rope_cache: Tensor | None,
+    length: int,
+    sinks: Tensor | None,
+    window_size: int | None,
+    scale: float,
+) -> Tensor:
+    """The same of sequences of one length."""
+    tokens, d_v = q.shape[1], (k_cache if v_cache is None else v_cache).shape[-1]
+    behind, _ = reference.reach(True, window_size)
+    count = int(min(length, k_cache.shape[1], behind + tokens))  # of keys that any query sees
+    newest = partial(_newest, length=length, count=count, in_order=tokens > 1)
+    k = newest(k_cache)
+    if q_rope is not None and rope_cache is not None:
+        q = torch.cat((q, q_rope), dim=-1)
+        k = torch.cat((k, newest(rope_cache)[:, :, None]), dim=-1)
+    v = k if v_cache is None else newest(v_cache)
+    if tokens == 1:  # it sees all keys, so that the heads of a group may pass for tokens
+        q = rearrange(q, "b 1 (h g) d -> b g h d", h=k.shape[2])
+        o, lse = _attend(Problem(q, k, v, scale=scale, causal=False))
+        o, lse = rearrange(o, "b g h d -> b 1 (h g) d"), rearrange(lse, "b g h -> b 1 (h g)")
+    else:
+        problem = Problem(q, k, v, scale=scale, window_size=window_size)
+        o, lse = _attend(problem)
+    if sinks is not None:
+        o, _ = _with_sinks(o, lse, sinks)
+    return o[..., :d_v]
+
+
+def _newest(cache: Tensor, length: int, count: int, in_order: bool) -> Tensor:
+    """The rows of so many newest tokens of a ring."""
+    rows = cache.shape[1]
+    if count == rows and not in_order:
+        return cache
+    start = (length - count) % max(rows, 1)
+    if start + count <= rows:
+        return cache[:, start : start + count]
+    return torch.cat((cache[:, start:], cache[:, : start + count - rows]), dim=1)
+
+
+def gene_fitness(
+    g: Tensor,
+    e: Tensor | None,
+    *,
+    window_size: int,
+    environment: str,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """gamma as `reference.gene_fitness` has it, in time linear in T.
+
+    Sums are rounded to fp32 once in each of the two chunks that a window spans, so that with their
+    own sum they err by at most 1.5 eps of themselves; no token outside a window is in them.
+    """
+    genes = torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
+    own = genes.new_ones(1, genes.shape[1], 1, 1)
+    sums = (_WindowSums.apply(x, cu_seqlens, window_size) for x in (genes, own))  # type: ignore[no-untyped-call]
+    total, population = sums
+    return reference.closed_form_fitness(total / population, g, e, environment=environment)
+
+
+class _WindowSums(torch.autograd.Function):
+    """Of each token's causal window."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor | None, window_size: int) -> Tensor:
+        ctx.save_for_backward(cu_seqlens)
+        ctx.window_size = window_size
+        sums: Tensor = _window_sums(x, cu_seqlens, window_size, False)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return _window_sums(d, cu_seqlens, ctx.window_size, True), None, None
+
+
+@torch.library.custom_op("smollm_attention::window_sums", mutates_args=())
+def _window_sums(x: Tensor, cu_seqlens: Tensor | None, window_size: int, reverse: bool) -> Tensor:
+    """Of x [B, T, H, D] over the last tokens up to each, or in reverse the next ones from it."""
+    bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    sums = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start, end in pairwise(bounds):
+        own, tokens = x[:, start:end], end - start
+        window = min(window_size, tokens)
+        if not own.numel():
+            continue
+        padded = F.pad(own.flip(1) if reverse else own, (0, 0, 0, 0, 0, -tokens % window))
+        chunks = rearrange(padded, "b (c w) h d -> b c w h d", w=window)
+        total = chunks.cumsum(dim=2)  # of the window's tokens in their last one's chunk
+        total[:, 1:, :-1] += chunks[:, :-1, 1:].flip(2).cumsum(dim=2).flip(2)  # in that before
+        total = total.flatten(1, 2)[:, :tokens]
+        sums[:, start:end] = total.flip(1) if reverse else total
+    return sums
+
+
+@_window_sums.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def genetic_attention(
+    g: Tensor,
+    e: Tensor | None,
+    v: Tensor,
+    selection_pressure: Tensor,
+    *,
+    window_size: int,
+    environment: str,
+    rope: tuple[Tensor, Tensor] | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """o as `reference.genetic_attention` has it."""
+    gamma = gene_fitness(
+        g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
+    )
+    q, k = reference.gene_queries(gamma, selection_pressure, rope), reference.gene_keys(g, rope)
+    problem = Problem(q.to(g.dtype), k, v, cu_seqlens=cu_seqlens, window_size=window_size)
+    o, _ = attention(problem, with_excess=True)
+    return o
