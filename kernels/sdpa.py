@@ -86,17 +86,24 @@ def _band(queries: int, window: int, dtype: torch.dtype) -> Tensor:
 def _forward(*call: Any) -> tuple[Tensor, Tensor]:
     """o [B, Tq, HQ, D] and its lse [B, Tq, HQ]; q, k and v are of one width."""
     q, k, v, _cu_seqlens, scale, *_ = call
-    o, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], float("-inf"))
-    for rows, keys, is_causal, mask in _blocks_of(*call):
+
+    def of(rows: slice, keys: slice, is_causal: bool, mask: Tensor | None) -> list[Tensor]:
         q_t, k_t, v_t = _heads_first(q[:, rows], k[:, keys], v[:, keys])
-        outputs = _flash(q_t, k_t, v_t, 0.0, is_causal, attn_mask=mask, scale=scale)
-        o[:, rows], lse[:, rows] = _heads_first(*outputs)
+        return _heads_first(*_flash(q_t, k_t, v_t, 0.0, is_causal, attn_mask=mask, scale=scale))
+
+    found = _blocks_of(*call)
+    if _is_whole(found, q, k):
+        o, lse = of(*found[0])
+        return o, lse
+    o, lse = q.new_zeros(q.shape), q.new_full(q.shape[:-1], float("-inf"))
+    for block in found:
+        o[:, block.queries], lse[:, block.queries] = of(*block)
     return o, lse
 
 
 @_forward.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:-1])
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1])
 
 
 @torch.library.custom_op(
@@ -108,24 +115,31 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
     *call, o, lse, do = arguments
     q, k, v, _cu_seqlens, scale, *_ = call
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys, is_causal, mask in _blocks_of(*call):
+
+    def of(rows: slice, keys: slice, is_causal: bool, mask: Tensor | None) -> list[Tensor]:
         do_t, q_t, k_t, v_t, o_t, lse_t = _heads_first(
             do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, rows]
         )
         gradients = _flash_backward(
             do_t, q_t, k_t, v_t, o_t, lse_t, 0.0, is_causal, attn_mask=mask, scale=scale
         )
-        dq_rows, dk_keys, dv_keys = _heads_first(*gradients)
-        dq[:, rows] = dq_rows
-        dk[:, keys] += dk_keys
-        dv[:, keys] += dv_keys
+        return _heads_first(*gradients)
+
+    found = _blocks_of(*call)
+    if _is_whole(found, q, k):
+        dq, dk, dv = of(*found[0])
+        return dq, dk, dv
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    for block in found:
+        dq[:, block.queries], dk_keys, dv_keys = of(*block)
+        dk[:, block.keys] += dk_keys
+        dv[:, block.keys] += dv_keys
     return dq, dk, dv
 
 
 @_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _blocks_of(
@@ -147,6 +161,11 @@ def _blocks_of(
         cu_seqlens=cu_seqlens,
         dtype=q.dtype,
     )
+
+
+def _is_whole(found: list[Block], q: Tensor, k: Tensor) -> bool:
+    """Whether one block has all queries and keys, so that its results need no other memory."""
+    return [x[:2] for x in found] == [(slice(0, q.shape[1]), slice(0, k.shape[1]))]
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

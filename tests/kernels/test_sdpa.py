@@ -143,15 +143,18 @@ def test_large_scores_cost_gradients_no_more_than_the_rounding_of_their_lse(scal
         assert error <= 4 * EPS * largest * most
 
 
+@pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_opcheck(packed):
+def test_opcheck(packed, window):
     q, k = torch.randn(1, 90, 4, 8, requires_grad=True), torch.randn(1, 90, 2, 8)
     offsets = torch.tensor([0, 20, 90], dtype=torch.int32) if packed else None
-    call = (q.detach(), k, k, offsets, 0.3, True, 16)
+    call = (q.detach(), k, k, offsets, 0.3, True, window)
     torch.library.opcheck(torch.ops.smollm_attention.sdpa.default, call)
     o, lse = torch.ops.smollm_attention.sdpa(*call)
     torch.library.opcheck(torch.ops.smollm_attention.sdpa_backward.default, (*call, o, lse, o))
-    torch.library.opcheck(torch.ops.smollm_attention.window_sums.default, (k, offsets, 16, True))
+    torch.library.opcheck(
+        torch.ops.smollm_attention.window_sums.default, (k, offsets, window or 90, True)
+    )
 
 
 def test_packed_sequences_of_any_lengths_share_one_graph():
