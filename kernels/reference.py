@@ -63,17 +63,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [B, T, H, D], D even; x1 and x2 are the halves of its last axis.
-        cos, sin: [T, D/2] or [B, T, D/2], fp32.
+        cos, sin: [T, D/2] or [B, T, D/2], fp32; no gradient reaches them.
 
     Returns:
         [B, T, H, D] in x's type, computed in at least fp32.
 
     Source: RoFormer, arXiv 2104.09864.
     """
-    first, second = x.to(_accumulator(x)).chunk(2, dim=-1)
-    cos, sin = cos[..., :, None, :], sin[..., :, None, :]  # over heads
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    cos, sin = cos.detach()[..., :, None, :], sin.detach()[..., :, None, :]  # over heads
+    rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back, which needs nothing of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = x.to(_accumulator(x)).chunk(2, dim=-1)
+        rotated = (
+            torch.addcmul(first * cos, second, sin, value=-1),
+            torch.addcmul(second * cos, first, sin),
+        )
+        return torch.cat(rotated, dim=-1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(d, cos, -sin), None, None  # type: ignore[no-untyped-call]
 
 
 def attention(
@@ -326,7 +344,7 @@ def gene_keys(g: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         [B, T, H, D] in g's type.
     """
     k = torch.sigmoid(g.to(_accumulator(g)))
-    return (k if rope is None else rotate(k, *_constant(rope))).to(g.dtype)
+    return (k if rope is None else rotate(k, *rope)).to(g.dtype)
 
 
 def gene_queries(
@@ -334,12 +352,7 @@ def gene_queries(
 ) -> Tensor:
     """q = kappa sqrt(D) R gamma: fitness as the queries of MGA's selection, in gamma's type."""
     q = gamma * selection_pressure[:, None] * gamma.shape[-1] ** 0.5
-    return q if rope is None else rotate(q, *_constant(rope))
-
-
-def _constant(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Tables without gradients, as to the kernels."""
-    return rope[0].detach(), rope[1].detach()
+    return q if rope is None else rotate(q, *rope)
 
 
 class _Product(torch.autograd.Function):
