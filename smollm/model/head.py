@@ -43,8 +43,8 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: [B, T, V].
         targets: [B, T]; -100 is no target. With no target at all the loss is 0.
     """
-    shifted = targets[:, 1:].flatten()
+    shifted = F.pad(targets[:, 1:], (0, 1), value=IGNORED).flatten()  # fewer logits are a copy
     total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), shifted, ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), shifted, ignore_index=IGNORED, reduction="sum"
     )
     return total / (shifted != IGNORED).sum().clamp(min=1)
