@@ -1,8 +1,8 @@
 """From pytest-benchmark's JSON to a result file, and from that file alone to table and plot.
 
 `python -m bench.results collect RAW.json` writes bench/results/<gpu>.json and prints its table;
-`python -m bench.results render bench/results/<gpu>.json` writes the table into README.md, between
-its markers, and the plot beside the file.
+`python -m bench.results render FILE` writes the table of that, or of what `bench.bench_cpu` wrote,
+into README.md, between its markers, and the plot beside the file.
 """
 
 import argparse
@@ -21,7 +21,11 @@ import triton
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-MARKERS = "<!-- attention on a GPU -->", "<!-- end -->"
+MARKERS = {
+    "gpu": "<!-- on a GPU -->",
+    "cpu": "<!-- on a CPU -->",
+}  # in the README, each with an end
+END = "<!-- end -->"
 
 
 def collect(raw: dict[str, Any]) -> dict[str, Any]:
@@ -88,8 +92,10 @@ def table(results: dict[str, Any]) -> str:
             for (case, direction), found in figures.items()
         ]
         lines.append("")
-    about = "{gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}"
-    return "\n".join([*lines, about.format(**results) + ", bf16."])
+    about = "{gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}, bf16."
+    if device(results) == "cpu":
+        about = "{cpu}, {threads} threads, torch {torch}, commit {commit}, fp32."
+    return "\n".join([*lines, about.format(**results)])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -114,21 +120,25 @@ def plot(results: dict[str, Any], path: Path) -> None:
             shown = [row for row in rows if row["system"] == system]
             places = [cases.index(row["case"]) + width * index for row in shown]
             panel.bar(places, [row["rate"] for row in shown], width, label=system)
-        panel.set(title=f"{direction}, {results['gpu']}", ylabel=unit)
+        panel.set(title=f"{direction}, {results[device(results)]}", ylabel=unit)
         panel.set_xticks([n + 0.4 for n in range(len(cases))], cases, rotation=30, ha="right")
         panel.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def into_readme(text: str, readme: Path) -> None:
-    """Put a table between the README's markers."""
-    first, last = MARKERS
+def into_readme(text: str, readme: Path, first: str) -> None:
+    """Put a table between a marker of the README's and the next end."""
     before, _, rest = readme.read_text().partition(first)
-    _, found, after = rest.partition(last)
+    _, found, after = rest.partition(END)
     if not found:
-        raise ValueError(f"{readme}: expected the markers {first} and {last}, got none")
-    readme.write_text(f"{before}{first}\n{text}\n{last}{after}")
+        raise ValueError(f"{readme}: expected the markers {first} and {END}, got none")
+    readme.write_text(f"{before}{first}\n{text}\n{END}{after}")
+
+
+def device(results: dict[str, Any]) -> str:
+    """What the figures are of: "gpu" or "cpu"."""
+    return "cpu" if "cpu" in results else "gpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(results))
     else:
         results = json.loads(arguments.results.read_text())
-        into_readme(table(results), arguments.readme)
+        into_readme(table(results), arguments.readme, MARKERS[device(results)])
         plot(results, arguments.results.with_suffix(".png"))
     return 0
 
