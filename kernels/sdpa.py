@@ -80,10 +80,7 @@ def _band(queries: int, window: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
-@torch.library.custom_op(
-    "smollm_attention::sdpa", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
-)
-def _forward(*call: Any) -> tuple[Tensor, Tensor]:
+def _by_blocks(*call: Any) -> tuple[Tensor, Tensor]:
     """o [B, Tq, HQ, D] and its lse [B, Tq, HQ]; q, k and v are of one width."""
     q, k, v, _cu_seqlens, scale, *_ = call
 
@@ -99,6 +96,11 @@ def _forward(*call: Any) -> tuple[Tensor, Tensor]:
     for block in found:
         o[:, block.queries], lse[:, block.queries] = of(*block)
     return o, lse
+
+
+_forward = torch.library.custom_op(
+    "smollm_attention::sdpa", _by_blocks, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
+)
 
 
 @_forward.register_fake
@@ -208,16 +210,17 @@ def attention(
     out what rounding makes of sum_j dS = 0, as far as the keys are like the query's own.
     """
     sinks = problem.sinks
-    o, lse = _attend(problem, with_dlse or sinks is not None, with_excess)
+    o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
+        with_dlse or sinks is not None, with_excess, *_arguments(problem)
+    )
+    o = o[..., : problem.v.shape[-1]]
     if sinks is not None:
         o, lse = _with_sinks(o, lse, sinks)
     return o.to(problem.v.dtype), lse
 
 
-def _attend(
-    problem: Problem, with_dlse: bool = False, with_excess: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Both as computed, before sinks."""
+def _arguments(problem: Problem) -> tuple[Any, ...]:
+    """The problem, but its sinks, as `_by_blocks` takes it."""
     q, k, v, q_rope, k_rope, _sinks, *plain = problem
     if q_rope is not None and k_rope is not None:
         shared = repeat(k_rope, "b t d -> b t h d", h=k.shape[2])
@@ -225,11 +228,7 @@ def _attend(
     if v.shape[2] not in (0, k.shape[2]):
         v = v.repeat_interleave(k.shape[2] // v.shape[2], dim=2)
     columns = max(q.shape[-1], v.shape[-1])
-    inputs = (_rows(x, columns) for x in (q, k, v))
-    o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
-        with_dlse, with_excess, *inputs, *plain
-    )
-    return o[..., : v.shape[-1]], lse
+    return *(_rows(x, columns) for x in (q, k, v)), *plain
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:
@@ -271,18 +270,15 @@ def decode(
 ) -> Tensor:
     """q [B, Tq, HQ, D_QK] against the rows in use; without a v_cache the values are the keys."""
     o = _new_output(q, k_cache, v_cache)
-    lengths = cache_lengths.tolist() if o.numel() else []
-    at_once = len(lengths) if len(set(lengths)) == 1 else 1
-    for first in range(0, len(lengths), at_once):
-        batch = slice(first, first + at_once)
-        q_own, k, v, q_rope_own, rope = (
-            None if x is None else x[batch] for x in (q, k_cache, v_cache, q_rope, rope_cache)
-        )
-        assert q_own is not None and k is not None
-        o[batch] = _decode_equal(
-            q_own, k, v, q_rope_own, rope, lengths[first], sinks, window_size, scale
-        )
-    return o
+    if not o.numel():
+        return o
+    tensors, lengths = (q, k_cache, v_cache, q_rope, rope_cache), cache_lengths.tolist()
+    equal = partial(_decode_equal, sinks=sinks, window_size=window_size, scale=scale)
+    if len(set(lengths)) == 1:
+        return equal(*tensors, lengths[0])
+    alone = ([None] * len(lengths) if x is None else torch.split(x, 1) for x in tensors)
+    sequences: Any = zip(*alone, lengths, strict=True)
+    return torch.cat([equal(*sequence) for sequence in sequences], out=o)
 
 
 decode.register_fake(_new_output)
@@ -295,6 +291,7 @@ def _decode_equal(
     q_rope: Tensor | None,
     rope_cache: Tensor | None,
     length: int,
+    *,
     sinks: Tensor | None,
     window_size: int | None,
     scale: float,
@@ -310,15 +307,14 @@ def _decode_equal(
         k = torch.cat((k, newest(rope_cache)[:, :, None]), dim=-1)
     v = k if v_cache is None else newest(v_cache)
     if tokens == 1:  # it sees all keys, so that the heads of a group may pass for tokens
-        q = rearrange(q, "b 1 (h g) d -> b g h d", h=k.shape[2])
-        o, lse = _attend(Problem(q, k, v, scale=scale, causal=False))
+        grouped = rearrange(q, "b 1 (h g) d -> b g h d", h=k.shape[2])
+        o, lse = _by_blocks(*_arguments(Problem(grouped, k, v, scale=scale, causal=False)))
         o, lse = rearrange(o, "b g h d -> b 1 (h g) d"), rearrange(lse, "b g h -> b 1 (h g)")
     else:
-        problem = Problem(q, k, v, scale=scale, window_size=window_size)
-        o, lse = _attend(problem)
+        o, lse = _by_blocks(*_arguments(Problem(q, k, v, scale=scale, window_size=window_size)))
     if sinks is not None:
         o, _ = _with_sinks(o, lse, sinks)
-    return o[..., :d_v]
+    return o[..., :d_v].to(q.dtype).contiguous()
 
 
 def _newest(cache: Tensor, length: int, count: int, in_order: bool) -> Tensor:
