@@ -146,7 +146,8 @@ def compiling(arch: int) -> Iterator[list[Row]]:
         self.device_caches.clear()  # a kernel met before must compile again, to be heard of again
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        rows.append(_row(arch, kernel, kwargs, log.getvalue()))
+        arguments = dict(zip(self.arg_names, args, strict=True))
+        rows.append(_row(arch, kernel, arguments, log.getvalue()))
         return kernel
 
     with (

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
 from kernels.core.problem import Problem, new_lse
+from kernels.operators import ask_for_gradients, operator
 
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_rope, Tensor? k_rope, Tensor? sinks, "
@@ -17,9 +18,11 @@ PROBLEM = (
 TENSORS = Problem._fields.index("scale")
 
 
-@torch.library.custom_op(
-    "smollm_attention::forward", mutates_args=(), schema=f"({PROBLEM}) -> (Tensor, Tensor)"
-)
+def _forward_results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), new_lse(q)
+
+
+@operator(f"forward({PROBLEM}) -> (Tensor, Tensor)", fake=_forward_results)
 def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
     """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, parts, Tq] of a `Problem`."""
     from kernels.core.forward import launch_forward
@@ -27,16 +30,19 @@ def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
     return launch_forward(Problem(*problem))
 
 
-@core_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), new_lse(q)
+def _backward_results(*arguments: Any) -> tuple[Tensor, ...]:
+    *problem, _o, lse_log2, _do, _dlse_log2, with_excess = arguments
+    q = problem[0]
+    gradients = (q.new_empty((0,) * 4 if x is None else x.shape) for x in problem[:5])
+    delta = torch.empty_like(lse_log2[:, :, 0])
+    excess = delta.new_empty(delta.shape if with_excess else (0,) * 3)
+    return *gradients, delta, excess
 
 
-@torch.library.custom_op(
-    "smollm_attention::backward",
-    mutates_args=(),
-    schema=f"({PROBLEM}, Tensor o, Tensor lse_log2, Tensor do, Tensor dlse_log2, bool with_excess)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    f"backward({PROBLEM}, Tensor o, Tensor lse_log2, Tensor do, Tensor? dlse_log2, "
+    "bool with_excess) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_results,
 )
 def core_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope, delta = <do, o> - dlse, and excess = sum_j dS [B, HQ, Tq]."""
@@ -46,28 +52,20 @@ def core_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return launch_backward(Problem(*problem), o, lse_log2, do, dlse_log2, with_excess)
 
 
-@core_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *problem, _o, lse_log2, _do, _dlse_log2, with_excess = arguments
-    q = problem[0]
-    gradients = (q.new_empty((0,) * 4 if x is None else x.shape) for x in problem[:5])
-    delta = torch.empty_like(lse_log2[:, :, 0])
-    excess = torch.empty_like(delta) if with_excess else delta.new_empty((0,) * 3)
-    return *gradients, delta, excess
-
-
 class _AttentionFunction(torch.autograd.Function):
-    """o and its base-2 lse; keeps the inputs and both for the backward."""
+    """o and, if asked for, its base-2 lse; keeps the inputs and both for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, *problem: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, with_lse: bool, *problem: Any) -> tuple[Tensor, ...]:
         o, lse_log2 = core_forward(*problem)
         ctx.save_for_backward(*problem[:TENSORS], o, lse_log2)
         ctx.plain = problem[TENSORS:]
-        return o, lse_log2
+        return (o, lse_log2) if with_lse else (o,)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse_log2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, do: Tensor, dlse_log2: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         *tensors, o, lse_log2 = ctx.saved_tensors
         problem = Problem(*tensors, *ctx.plain)
         *gradients, delta, excess = core_backward(
@@ -78,13 +76,16 @@ class _AttentionFunction(torch.autograd.Function):
         if problem.sinks is not None:  # -P_sink delta, summed over queries, but of o unrounded:
             # the excess of the other keys is sum_j P_j dP_j - (1 - P_sink) delta
             sinks_log2 = problem.sinks.float() * math.log2(math.e)
-            lse_log2, dlse_log2 = lse_log2[:, :, 0], dlse_log2[:, :, 0]
-            finite = lse_log2.clamp(min=torch.finfo(torch.float32).min)  # sinks may be -inf too
+            finite = lse_log2[:, :, 0].clamp(
+                min=torch.finfo(torch.float32).min
+            )  # sinks may be -inf too
             weights = torch.exp2(sinks_log2[:, None] - finite)  # [B, HQ, Tq]
-            exact = excess + (1 - weights) * delta - dlse_log2 * math.log2(math.e)
+            exact = excess + (1 - weights) * delta
+            if dlse_log2 is not None:
+                exact -= dlse_log2[:, :, 0] * math.log2(math.e)
             dsinks = -(weights * exact).sum((0, 2)).to(problem.sinks.dtype)
         rest = (None,) * (len(problem) - len(gradients) - 1)
-        return *present, dsinks, *rest
+        return None, *present, dsinks, *rest
 
 
 class _Joined(torch.autograd.Function):
@@ -99,10 +100,14 @@ class _Joined(torch.autograd.Function):
         return do, dlse  # zeros where the loss does not reach
 
 
-def fused_attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The attention core with its gradients: o [B, Tq, HQ, D_V], base-2 lse [B, HQ, parts, Tq]."""
-    o, lse_log2 = _AttentionFunction.apply(*problem)  # type: ignore[no-untyped-call]
-    return o, lse_log2
+def fused_attention(problem: Problem, with_lse: bool = False) -> tuple[Tensor, ...]:
+    """o [B, Tq, HQ, D_V] and, at least if asked for, base-2 lse [B, HQ, parts, Tq]."""
+    results: tuple[Tensor, ...]
+    if not ask_for_gradients(*problem[:TENSORS]):
+        results = core_forward(*problem)
+        return results
+    results = _AttentionFunction.apply(with_lse, *problem)  # type: ignore[no-untyped-call]
+    return results
 
 
 @overload
@@ -217,8 +222,8 @@ def attention(
         if way == "sdpa":
             o, lse = sdpa.attention(problem, with_dlse=return_lse)
             return (o, lse) if return_lse else o
-        o, lse_log2 = fused_attention(problem)
-        return (o, math.log(2) * lse_log2[:, :, 0].transpose(1, 2)) if return_lse else o
+        o, *lse_log2 = fused_attention(problem, with_lse=return_lse)
+        return (o, math.log(2) * lse_log2[0][:, :, 0].transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(
         q,
         k,

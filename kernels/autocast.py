@@ -14,9 +14,11 @@ Result = TypeVar("Result")
 
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """A context in which nothing on this type of device is cast."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
+
+
+def _is_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -26,7 +28,10 @@ def without_autocast(op: Callable[Arguments, Result]) -> Callable[Arguments, Res
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor):
-                with no_autocast(x.device.type):
+                device = x.device.type
+                if not _is_on(device):
+                    break
+                with torch.autocast(device, enabled=False):
                     return op(*args, **kwargs)
         return op(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from kernels.core.problem import padded_width
 from kernels.tensors import (
     KERNEL_FLOATS,
     Sizes,
@@ -26,6 +27,7 @@ from kernels.tensors import (
 Impl = Literal["auto", "eager", "sdpa", "triton"]
 Environment = Literal["query", "kin", "none"]
 
+_IMPLS, _ENVIRONMENTS = get_args(Impl), get_args(Environment)
 _MAX_TOKENS = 2**30  # positions and windows add up inside int32
 _INTEGERS: tuple[Any, ...] = (Integral, torch.SymInt)
 _MAX_SCALE = 2.0**127  # to base 2 it is finite in fp32 still
@@ -51,11 +53,8 @@ def attention(
     shape("k", k, "B Tk HK D_QK", sizes)
     shape("v", v, "B Tk HV D_V", sizes)
     head_groups(sizes)
-    if sinks is not None:
-        shape("sinks", sinks, "HQ", sizes)
     alike(q=q, k=k, v=v)
-    same_device(q=q, sinks=sinks)
-    floating("sinks", sinks)
+    _sinks(sinks, q, sizes)
     _causal(causal)
     _window(window_size, causal)
     _scale(scale)
@@ -103,12 +102,21 @@ def gene_fitness(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Check the arguments of `kernels.gene_fitness`."""
+    _genes(g, e, window_size, environment, cu_seqlens)
+
+
+def _genes(
+    g: Tensor,
+    e: Tensor | None,
+    window_size: int | None,
+    environment: str,
+    cu_seqlens: Tensor | None,
+) -> Sizes:
+    """Check these, and learn their sizes."""
     sizes: Sizes = {}
     shape("g", g, "B T H D", sizes)
-    if environment not in get_args(Environment):
-        raise ValueError(
-            f"environment: expected one of {get_args(Environment)}, got {environment!r}"
-        )
+    if environment not in _ENVIRONMENTS:
+        raise ValueError(f"environment: expected one of {_ENVIRONMENTS}, got {environment!r}")
     if (environment == "query") != (e is not None):
         expected = "a tensor [B, T, H, D]" if environment == "query" else "None"
         got = "None" if e is None else f"a tensor {list(e.shape)}"
@@ -120,6 +128,7 @@ def gene_fitness(
         raise ValueError("window_size: expected an integer >= 1 (the population), got None")
     _window(window_size, causal=True)
     check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], g.device)
+    return sizes
 
 
 def genetic_attention(
@@ -134,9 +143,7 @@ def genetic_attention(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Check the arguments of `kernels.genetic_attention`."""
-    gene_fitness(g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens)
-    sizes: Sizes = {}
-    shape("g", g, "B T H D", sizes)
+    sizes = _genes(g, e, window_size, environment, cu_seqlens)
     shape("v", v, "B T HV D_V", sizes)
     alike(g=g, v=v)
     _selection(g, selection_pressure, rope, "T D/2", sizes)
@@ -156,9 +163,8 @@ def genetic_decode(
     rope: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Check the arguments of `kernels.genetic_decode`."""
-    gene_fitness(g, e, window_size=window_size, environment=environment, cu_seqlens=None)
-    sizes: Sizes = {}
-    shape("g", g, "B Tq H D", sizes)
+    sizes = _genes(g, e, window_size, environment, None)
+    sizes["Tq"] = sizes["T"]
     shape("g_cache", g_cache, "B S H D", sizes)
     shape("k_cache", k_cache, "B S H D", sizes)
     shape("v_cache", v_cache, "B S HV D_V", sizes)
@@ -187,7 +193,7 @@ def _selection(
         for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
             shape(name, table, table_symbols, sizes)
             floating(name, table)
-            same_device(**{"g": g, name: table})
+        same_device(**{"g": g, "rope cos": rope[0], "rope sin": rope[1]})
 
 
 def attention_decode(
@@ -206,11 +212,8 @@ def attention_decode(
     shape("k_cache", k_cache, "B S HK D_QK", sizes)
     shape("v_cache", v_cache, "B S HV D_V", sizes)
     head_groups(sizes)
-    if sinks is not None:
-        shape("sinks", sinks, "HQ", sizes)
     alike(q=q, k_cache=k_cache, v_cache=v_cache)
-    same_device(q=q, sinks=sinks)
-    floating("sinks", sinks)
+    _sinks(sinks, q, sizes)
     _cache_lengths(cache_lengths, sizes, q.device)
     _window(window_size, causal=True)
     _scale(scale)
@@ -278,8 +281,8 @@ def implementation(
     has_backward: bool = True,
 ) -> Literal["eager", "sdpa", "triton"]:
     """Resolve `impl` for an op's inputs by name; what it cannot serve is refused."""
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
+    if impl not in _IMPLS:
+        raise ValueError(f"impl: expected one of {_IMPLS}, got {impl!r}")
     given = {name: x for name, x in inputs.items() if x is not None}
     device = next(iter(given.values())).device.type
     if impl == "auto" and device != "cuda":
@@ -297,19 +300,18 @@ def implementation(
             f"before the start), got tensors on {device}"
         )
     for name, x in given.items():
+        _, tokens, *_, width = x.shape
         if x.dtype not in KERNEL_FLOATS:
             raise TypeError(f"{name}: expected one of {KERNEL_FLOATS} for Triton, got {x.dtype}")
-        if not 1 <= x.shape[-1] <= widest:
-            raise ValueError(
-                f"{name}: expected a width of 1 to {widest} for Triton, got {x.shape[-1]}"
-            )
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
+        if not 1 <= width <= widest:
+            raise ValueError(f"{name}: expected a width of 1 to {widest} for Triton, got {width}")
+        if width > 1 and x.stride(-1) != 1:
             raise ValueError(
                 f"{name}: expected a last stride of 1 for Triton, got strides {x.stride()}"
             )
-        if x.shape[1] > _MAX_TOKENS:
+        if tokens > _MAX_TOKENS:
             raise ValueError(
-                f"{name}: expected at most {_MAX_TOKENS} tokens for Triton, got {x.shape[1]}"
+                f"{name}: expected at most {_MAX_TOKENS} tokens for Triton, got {tokens}"
             )
     if "q_rope" in given:
         _joint_width(*next(iter(given.items())), given["q_rope"], _JOINT_COLUMNS[widest])
@@ -318,8 +320,6 @@ def implementation(
 
 def _joint_width(name: str, q: Tensor, q_rope: Tensor, most: int) -> None:
     """Queries and their rotary part share a tile, each padded to the columns it takes."""
-    from kernels.core.primitives import padded_width
-
     columns, rope_columns = (padded_width(int(x.shape[-1])) for x in (q, q_rope))
     if columns + rope_columns > most:
         raise ValueError(
@@ -360,6 +360,13 @@ def _scale(scale: float | None) -> None:
         raise ValueError(f"scale: expected a finite number > 0, at most 2**127, got {scale}")
 
 
+def _sinks(sinks: Tensor | None, q: Tensor, sizes: Sizes) -> None:
+    if sinks is not None:
+        shape("sinks", sinks, "HQ", sizes)
+        same_device(q=q, sinks=sinks)
+        floating("sinks", sinks)
+
+
 def _rope_pair(q_name: str, q_rope: Tensor | None, k_name: str, k_rope: Tensor | None) -> None:
     if (q_rope is None) != (k_rope is None):
         absent, present = (q_name, k_name) if q_rope is None else (k_name, q_name)
@@ -370,7 +377,8 @@ def _cache_lengths(cache_lengths: Tensor, sizes: Sizes, device: torch.device) ->
     shape("cache_lengths", cache_lengths, "B", sizes)
     _offsets_form("cache_lengths", cache_lengths, device)
     if _readable(cache_lengths) and cache_lengths.numel():
-        low, high = int(cache_lengths.min()), int(cache_lengths.max())
+        lengths = cache_lengths.tolist()
+        low, high = min(lengths), max(lengths)
         if low < 0 or (high > 0 and sizes["S"] == 0):
             raise ValueError(
                 f"cache_lengths: expected values >= 0, and 0 without rows, got {low} to {high} "

@@ -7,57 +7,65 @@ from torch import Tensor
 
 from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
+from kernels.operators import ask_for_gradients, operator
 
 
-@torch.library.custom_op("smollm_attention::decode", mutates_args=())
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    q_rope: Tensor | None,
-    rope_cache: Tensor | None,
-    cache_lengths: Tensor,
-    sinks: Tensor | None,
-    window_size: int | None,
-    scale: float,
-) -> Tensor:
-    """q [B, Tq, HQ, D_QK]; without a v_cache the values are the keys."""
+def _decode_results(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
+    values = k_cache if v_cache is None else v_cache
+    return q.new_empty(*q.shape[:-1], values.shape[-1])
+
+
+@operator(
+    "decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor? q_rope, Tensor? rope_cache, "
+    "Tensor cache_lengths, Tensor? sinks, int? window_size, float scale) -> Tensor",
+    fake=_decode_results,
+)
+def _decode(*arguments: Any) -> Tensor:
+    """o of q, as `launch_decode` takes them."""
     from kernels.core.decode import launch_decode
 
-    return launch_decode(
-        q, k_cache, v_cache, q_rope, rope_cache, cache_lengths, sinks, window_size, scale
-    )
+    return launch_decode(*arguments)
 
 
-@_decode.register_fake
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
-    values = k_cache if v_cache is None else v_cache
-    return q.new_empty(*q.shape[:3], values.shape[-1])
+def _select_results(g: Tensor, *arguments: Any) -> Tensor:
+    v_cache = arguments[-1]
+    return g.new_empty(*g.shape[:-1], v_cache.shape[-1])
 
 
-@torch.library.custom_op("smollm_attention::gene_decode", mutates_args=())
-def _gene_decode(
-    g: Tensor,
-    e: Tensor | None,
-    pressure: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    g_cache: Tensor,
-    cache_lengths: Tensor,
-    window_size: int,
-    environment: str,
-) -> Tensor:
-    """q [B, Tq, H, D] of MGA's selection."""
+@operator(
+    "select_decode(Tensor g, Tensor? e, Tensor pressure, Tensor? cos, Tensor? sin, Tensor g_cache, "
+    "Tensor cache_lengths, int window_size, str environment, Tensor k_cache, Tensor v_cache)"
+    " -> Tensor",
+    fake=_select_results,
+)
+def _select_decode(*arguments: Any) -> Tensor:
+    """o of MGA's newest tokens, the queries as `launch_gene_decode` makes them."""
+    from kernels.core.decode import launch_decode
     from kernels.core.gene_decode import launch_gene_decode
 
-    return launch_gene_decode(
-        g, e, pressure, cos, sin, g_cache, cache_lengths, window_size, environment
-    )
+    *genes, k_cache, v_cache = arguments
+    q = launch_gene_decode(*genes)
+    lengths, window_size, _ = genes[-3:]
+    return launch_decode(q, k_cache, v_cache, None, None, lengths, None, window_size, 1.0)
 
 
-@_gene_decode.register_fake
-def _(g: Tensor, *_: Any) -> Tensor:
-    return g.new_empty(g.shape)
+class _WithoutBackward(torch.autograd.Function):
+    """o as it is, of inputs of which some ask for a gradient that it has not got."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, *inputs: Tensor | None) -> Tensor:
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError("decoding: expected no backward but of 'eager', got one")
+
+
+def _without_backward(o: Tensor, *inputs: Tensor | None) -> Tensor:
+    """o, whose backward is refused where an input asks for its gradient."""
+    if ask_for_gradients(*inputs):
+        o = _WithoutBackward.apply(o, *inputs)  # type: ignore[no-untyped-call]
+    return o
 
 
 @without_autocast
@@ -111,13 +119,11 @@ def attention_decode(
     way = checks.implementation(impl, inputs, has_backward=False)
     if way != "eager":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        one = q.dim() == 3
-        q = q[:, None] if one else q
         decode = sdpa.decode if way == "sdpa" else _decode
         o: Tensor = decode(
             q, k_cache, v_cache, None, None, cache_lengths, sinks, window_size, scale
         )
-        return o[:, 0] if one else o
+        return _without_backward(o, q, k_cache, v_cache, sinks)
     return reference.attention_decode(
         q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
     )
@@ -180,13 +186,10 @@ def latent_decode(
     }
     way = checks.implementation(impl, inputs, widest=512, has_backward=False)
     if way != "eager":
-        one = q_latent.dim() == 3
-        if one:
-            q_latent, q_rope = q_latent[:, None], None if q_rope is None else q_rope[:, None]
         decode = sdpa.decode if way == "sdpa" else _decode
         o: Tensor = decode(
             q_latent,
-            latent_cache[:, :, None],
+            latent_cache,
             None,
             q_rope,
             rope_cache,
@@ -195,7 +198,7 @@ def latent_decode(
             window_size,
             scale,
         )
-        return o[:, 0] if one else o
+        return _without_backward(o, *inputs.values())
     return reference.latent_decode(
         q_latent,
         q_rope,
@@ -281,8 +284,18 @@ def genetic_decode(
         )
     if way == "triton":
         cos, sin = (None, None) if rope is None else rope
-        q = _gene_decode(
-            g, e, selection_pressure, cos, sin, g_cache, cache_lengths, window_size, environment
+        o: Tensor = _select_decode(
+            g,
+            e,
+            selection_pressure,
+            cos,
+            sin,
+            g_cache,
+            cache_lengths,
+            window_size,
+            environment,
+            k_cache,
+            v_cache,
         )
     else:
         q = reference.gene_decode_queries(
@@ -295,6 +308,5 @@ def genetic_decode(
             environment=environment,
             rope=rope,
         )
-    decode = sdpa.decode if way == "sdpa" else _decode
-    o: Tensor = decode(q, k_cache, v_cache, None, None, cache_lengths, None, window_size, 1.0)
-    return o
+        o = sdpa.decode(q, k_cache, v_cache, None, None, cache_lengths, None, window_size, 1.0)
+    return _without_backward(o, *inputs.values(), selection_pressure)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels import checks, reference, sdpa
-from kernels.attention import core_backward, core_forward
 from kernels.autocast import without_autocast
-from kernels.core.problem import Genes, Problem
+from kernels.core.problem import Genes, Problem, new_lse
+from kernels.operators import ask_for_gradients, operator
 from kernels.reference import closed_form_fitness
 
 __all__ = ["closed_form_fitness", "gene_fitness", "genetic_attention"]
@@ -25,9 +25,15 @@ GENES = (
 TENSORS = Genes._fields.index("window_size")
 
 
-@torch.library.custom_op(
-    "smollm_attention::fitness", mutates_args=(), schema=f"({GENES}) -> (Tensor, Tensor)"
-)
+def _fitness_results(
+    g: Tensor, e: Tensor | None, pressure: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    if pressure is None:
+        return g.new_empty(g.shape, dtype=torch.float32), g.new_empty((0,) * 4)
+    return g.new_empty(g.shape), g.new_empty(g.shape)
+
+
+@operator(f"fitness({GENES}) -> (Tensor, Tensor)", fake=_fitness_results)
 def _fitness(*genes: Any) -> tuple[Tensor, Tensor]:
     """q and k of a selection among `Genes`; without a pressure gamma, and nothing."""
     from kernels.core.fitness import launch_fitness
@@ -35,17 +41,17 @@ def _fitness(*genes: Any) -> tuple[Tensor, Tensor]:
     return launch_fitness(Genes(*genes))
 
 
-@_fitness.register_fake
-def _(g: Tensor, e: Tensor | None, pressure: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    if pressure is None:
-        return g.new_empty(g.shape, dtype=torch.float32), g.new_empty((0,) * 4)
-    return g.new_empty(g.shape), g.new_empty(g.shape)
+def _fitness_backward_results(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    genes = Genes(*arguments[: len(Genes._fields)])
+    g = genes.g
+    dlogits = g.new_empty((0,) * 4 if genes.environment == "none" else g.shape)
+    dpressure = g.new_empty(0 if genes.pressure is None else g.shape[2], dtype=torch.float32)
+    return g.new_empty(g.shape), dlogits, dpressure
 
 
-@torch.library.custom_op(
-    "smollm_attention::fitness_backward",
-    mutates_args=(),
-    schema=f"({GENES}, Tensor dq, Tensor? dk, Tensor? excess) -> (Tensor, Tensor, Tensor)",
+@operator(
+    f"fitness_backward({GENES}, Tensor dq, Tensor? dk, Tensor? excess) -> (Tensor, Tensor, Tensor)",
+    fake=_fitness_backward_results,
 )
 def _fitness_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dg, the gradient of eps' logits, and dpressure [H] in fp32; of absent inputs, empty ones."""
@@ -55,13 +61,47 @@ def _fitness_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return launch_fitness_backward(Genes(*genes), dq, dk, excess)
 
 
-@_fitness_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    genes = Genes(*arguments[: len(Genes._fields)])
-    g = genes.g
-    dlogits = g.new_empty((0,) * 4 if genes.environment == "none" else g.shape)
-    dpressure = g.new_empty(0 if genes.pressure is None else g.shape[2], dtype=torch.float32)
-    return g.new_empty(g.shape), dlogits, dpressure
+def _selected(genes: Genes, q: Tensor, k: Tensor, v: Tensor) -> Problem:
+    return Problem(q, k, v, cu_seqlens=genes.cu_seqlens, window_size=genes.window_size)
+
+
+def _select_results(g: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    v = arguments[-1]
+    return g.new_empty(*g.shape[:-1], v.shape[-1]), new_lse(g)
+
+
+@operator(f"select({GENES}, Tensor v) -> (Tensor, Tensor)", fake=_select_results)
+def _select(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """o and base-2 lse of the attention that selects among v by the fitness of `Genes`."""
+    from kernels.core.fitness import launch_fitness
+    from kernels.core.forward import launch_forward
+
+    *given, v = arguments
+    genes = Genes(*given)
+    return launch_forward(_selected(genes, *launch_fitness(genes), v))
+
+
+def _select_backward_results(*arguments: Any) -> tuple[Tensor, ...]:
+    *genes, v, _o, _lse_log2, _do = arguments
+    return v.new_empty(v.shape), *_fitness_backward_results(*genes)
+
+
+@operator(
+    f"select_backward({GENES}, Tensor v, Tensor o, Tensor lse_log2, Tensor do)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_select_backward_results,
+)
+def _select_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """dv, then what `_fitness_backward` gives; q and k are formed anew."""
+    from kernels.core.backward import launch_backward
+    from kernels.core.fitness import launch_fitness, launch_fitness_backward, sum_blocks
+
+    *given, v, o, lse_log2, do = arguments
+    genes = Genes(*given)
+    windows = sum_blocks(genes)
+    problem = _selected(genes, *launch_fitness(genes, windows), v)
+    dq, dk, dv, *_, excess = launch_backward(problem, o, lse_log2, do, None, with_excess=True)
+    return dv, *launch_fitness_backward(genes, dq, dk, excess, windows)
 
 
 class _FitnessFunction(torch.autograd.Function):
@@ -83,13 +123,13 @@ class _FitnessFunction(torch.autograd.Function):
 
 
 class _GeneticFunction(torch.autograd.Function):
-    """o; keeps the inputs, o and its lse for the backward, which forms q and k anew."""
+    """o; keeps the inputs, o and its lse for the backward."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, *arguments: Any) -> Tensor:
         genes = Genes(*arguments)
         o: Tensor
-        o, lse_log2 = core_forward(*_selection(genes, v))
+        o, lse_log2 = _select(*genes, v)
         ctx.save_for_backward(*genes[:TENSORS], v, o, lse_log2)
         ctx.plain = genes[TENSORS:]
         return o
@@ -98,20 +138,10 @@ class _GeneticFunction(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, v, o, lse_log2 = ctx.saved_tensors
         genes = Genes(*tensors, *ctx.plain)
-        no_dlse = torch.zeros_like(lse_log2)
-        dq, dk, dv, *_, excess = core_backward(
-            *_selection(genes, v), o, lse_log2, do, no_dlse, True
-        )
-        dg, de, dpressure = _fitness_backward(*genes, dq, dk, excess)
+        dv, dg, de, dpressure = _select_backward(*genes, v, o, lse_log2, do)
         assert genes.pressure is not None
         dpressure = dpressure.to(genes.pressure.dtype)
         return dv, dg, None if genes.e is None else de, dpressure, *(None,) * (len(genes) - 3)
-
-
-def _selection(genes: Genes, v: Tensor) -> Problem:
-    """The attention that selects among v by the fitness of the genes."""
-    q, k = _fitness(*genes)
-    return Problem(q, k, v, cu_seqlens=genes.cu_seqlens, window_size=genes.window_size)
 
 
 @without_autocast
@@ -217,7 +247,11 @@ def genetic_attention(
     if way == "triton":
         cos, sin = (None, None) if rope is None else rope
         genes = Genes(g, e, selection_pressure, cos, sin, cu_seqlens, window_size, environment)
-        o: Tensor = _GeneticFunction.apply(v, *genes)  # type: ignore[no-untyped-call]
+        o: Tensor
+        if ask_for_gradients(v, *genes[:TENSORS]):
+            o = _GeneticFunction.apply(v, *genes)  # type: ignore[no-untyped-call]
+        else:
+            o, _ = _select(*genes, v)
         return o
     select = sdpa.genetic_attention if way == "sdpa" else reference.genetic_attention
     return select(

@@ -74,8 +74,7 @@ def latent_attention(
             causal=causal,
             window_size=window_size,
         )
-        o, _ = sdpa.attention(problem) if way == "sdpa" else fused_attention(problem)
-        return o
+        return (sdpa.attention(problem) if way == "sdpa" else fused_attention(problem))[0]
     return reference.latent_attention(
         q_nope,
         q_rope,

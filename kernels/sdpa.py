@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.core.problem import Problem
+from kernels.operators import operator
+from kernels.sums import window_sums
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -98,20 +100,15 @@ def _by_blocks(*call: Any) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-_forward = torch.library.custom_op(
-    "smollm_attention::sdpa", _by_blocks, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
-)
+_forward = operator(
+    f"sdpa({_CALL}) -> (Tensor, Tensor)",
+    fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:-1])),
+)(_by_blocks)
 
 
-@_forward.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1])
-
-
-@torch.library.custom_op(
-    "smollm_attention::sdpa_backward",
-    mutates_args=(),
-    schema=f"({_CALL}, Tensor o, Tensor lse, Tensor do) -> (Tensor, Tensor, Tensor)",
+@operator(
+    f"sdpa_backward({_CALL}, Tensor o, Tensor lse, Tensor do) -> (Tensor, Tensor, Tensor)",
+    fake=lambda *call: tuple(x.new_empty(x.shape) for x in call[:3]),
 )
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
@@ -137,11 +134,6 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         dk[:, block.keys] += dk_keys
         dv[:, block.keys] += dv_keys
     return dq, dk, dv
-
-
-@_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _blocks_of(
@@ -253,10 +245,14 @@ def _with_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 def _new_output(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
     """An empty output of decoding."""
     values = k_cache if v_cache is None else v_cache
-    return q.new_empty(*q.shape[:3], values.shape[-1])
+    return q.new_empty(*q.shape[:-1], values.shape[-1])
 
 
-@torch.library.custom_op("smollm_attention::sdpa_decode", mutates_args=())
+@operator(
+    "sdpa_decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor? q_rope, Tensor? rope_cache, "
+    "Tensor cache_lengths, Tensor? sinks, int? window_size, float scale) -> Tensor",
+    fake=_new_output,
+)
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -268,20 +264,19 @@ def decode(
     window_size: int | None,
     scale: float,
 ) -> Tensor:
-    """q [B, Tq, HQ, D_QK] against the rows in use; without a v_cache the values are the keys."""
+    """o of q [B, HQ, D_QK] or [B, Tq, HQ, D_QK]; without a v_cache latents are keys and values."""
     o = _new_output(q, k_cache, v_cache)
     if not o.numel():
         return o
+    if q.dim() == 3:
+        q, q_rope = q[:, None], None if q_rope is None else q_rope[:, None]
     tensors, lengths = (q, k_cache, v_cache, q_rope, rope_cache), cache_lengths.tolist()
     equal = partial(_decode_equal, sinks=sinks, window_size=window_size, scale=scale)
     if len(set(lengths)) == 1:
-        return equal(*tensors, lengths[0])
+        return equal(*tensors, lengths[0]).view(o.shape)
     alone = ([None] * len(lengths) if x is None else torch.split(x, 1) for x in tensors)
     sequences: Any = zip(*alone, lengths, strict=True)
-    return torch.cat([equal(*sequence) for sequence in sequences], out=o)
-
-
-decode.register_fake(_new_output)
+    return torch.cat([equal(*sequence) for sequence in sequences]).view(o.shape)
 
 
 def _decode_equal(
@@ -301,7 +296,7 @@ def _decode_equal(
     behind, _ = reference.reach(True, window_size)
     count = int(min(length, k_cache.shape[1], behind + tokens))  # of keys that any query sees
     newest = partial(_newest, length=length, count=count, in_order=tokens > 1)
-    k = newest(k_cache)
+    k = newest(k_cache if v_cache is not None else k_cache[:, :, None])
     if q_rope is not None and rope_cache is not None:
         q = torch.cat((q, q_rope), dim=-1)
         k = torch.cat((k, newest(rope_cache)[:, :, None]), dim=-1)
@@ -336,56 +331,11 @@ def gene_fitness(
     environment: str,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """gamma as `reference.gene_fitness` has it, in time linear in T.
-
-    Sums are rounded to fp32 once in each of the two chunks that a window spans, so that with their
-    own sum they err by at most 1.5 eps of themselves; no token outside a window is in them.
-    """
+    """gamma as `reference.gene_fitness` has it, in time linear in T."""
     genes = torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
     own = genes.new_ones(1, genes.shape[1], 1, 1)
-    sums = (_WindowSums.apply(x, cu_seqlens, window_size) for x in (genes, own))  # type: ignore[no-untyped-call]
-    total, population = sums
+    total, population = (window_sums(x, cu_seqlens, window_size) for x in (genes, own))
     return reference.closed_form_fitness(total / population, g, e, environment=environment)
-
-
-class _WindowSums(torch.autograd.Function):
-    """Of each token's causal window."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor | None, window_size: int) -> Tensor:
-        ctx.save_for_backward(cu_seqlens)
-        ctx.window_size = window_size
-        sums: Tensor = _window_sums(x, cu_seqlens, window_size, False)
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        (cu_seqlens,) = ctx.saved_tensors
-        return _window_sums(d, cu_seqlens, ctx.window_size, True), None, None
-
-
-@torch.library.custom_op("smollm_attention::window_sums", mutates_args=())
-def _window_sums(x: Tensor, cu_seqlens: Tensor | None, window_size: int, reverse: bool) -> Tensor:
-    """Of x [B, T, H, D] over the last tokens up to each, or in reverse the next ones from it."""
-    bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    sums = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start, end in pairwise(bounds):
-        own, tokens = x[:, start:end], end - start
-        window = min(window_size, tokens)
-        if not own.numel():
-            continue
-        padded = F.pad(own.flip(1) if reverse else own, (0, 0, 0, 0, 0, -tokens % window))
-        chunks = rearrange(padded, "b (c w) h d -> b c w h d", w=window)
-        total = chunks.cumsum(dim=2)  # of the window's tokens in their last one's chunk
-        total[:, 1:, :-1] += chunks[:, :-1, 1:].flip(2).cumsum(dim=2).flip(2)  # in that before
-        total = total.flatten(1, 2)[:, :tokens]
-        sums[:, start:end] = total.flip(1) if reverse else total
-    return sums
-
-
-@_window_sums.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def genetic_attention(

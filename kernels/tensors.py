@@ -20,18 +20,13 @@ def shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
     Raises:
         ValueError, TypeError: other sizes, or no tensor.
     """
-    names = symbols.split()
     tensor(name, x)
-    known = [sizes.get(symbol) for symbol in names]
-    if x.dim() != len(names) or any(
-        size is not None and size != actual for size, actual in zip(known, x.shape, strict=True)
-    ):
-        expected = ", ".join(
-            symbol if size is None else f"{symbol}={size}"
-            for symbol, size in zip(names, known, strict=True)
-        )
-        raise ValueError(f"{name}: expected [{expected}], got {list(x.shape)}")
-    sizes.update(zip(names, x.shape, strict=True))
+    names, actual = symbols.split(), list(x.shape)
+    agreed = [sizes.get(symbol, size) for symbol, size in zip(names, actual, strict=False)]
+    if agreed != actual or len(names) != len(actual):
+        known = (f"{symbol}={sizes[symbol]}" if symbol in sizes else symbol for symbol in names)
+        raise ValueError(f"{name}: expected [{', '.join(known)}], got {actual}")
+    sizes.update(zip(names, actual, strict=True))
 
 
 def tensor(name: str, x: Any) -> None:
@@ -61,13 +56,13 @@ def alike(**tensors: Tensor | None) -> None:
     Raises:
         ValueError, TypeError: another device; another type.
     """
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first, reference = next(iter(given.items()))
-    same_device(**given)
-    for name, x in given.items():
-        floating(name, x)
-        if x.dtype != reference.dtype:
-            raise TypeError(f"{name}: expected {first}'s type {reference.dtype}, got {x.dtype}")
+    same_device(**tensors)
+    first, dtype = next((name, x.dtype) for name, x in tensors.items() if x is not None)
+    for name, x in tensors.items():
+        if x is not None:
+            floating(name, x)
+            if x.dtype != dtype:
+                raise TypeError(f"{name}: expected {first}'s type {dtype}, got {x.dtype}")
 
 
 def floating(name: str, x: Tensor | None) -> None:
@@ -78,10 +73,7 @@ def floating(name: str, x: Tensor | None) -> None:
 
 def same_device(**tensors: Tensor | None) -> None:
     """Refuse a tensor on another device than the first one's with a ValueError."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    first, reference = next(iter(given.items()))
-    for name, x in given.items():
-        if x.device != reference.device:
-            raise ValueError(
-                f"{name}: expected {first}'s device {reference.device}, got {x.device}"
-            )
+    first, device = next((name, x.device) for name, x in tensors.items() if x is not None)
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(f"{name}: expected {first}'s device {device}, got {x.device}")

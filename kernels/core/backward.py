@@ -34,7 +34,7 @@ from kernels.core.primitives import (
     zero_joint_rows,
     zero_rows,
 )
-from kernels.core.problem import Problem, even_rows, without_padding
+from kernels.core.problem import Problem, cdiv, even_rows, power_of_2, without_padding
 
 DELTA_ELEMENTS = 4096  # of a tile
 
@@ -54,10 +54,12 @@ def delta_kernel(
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
     o = load_rows(o_matrix, start, BLOCK_M, D_V)
     do = load_rows(do_matrix, start, BLOCK_M, D_V)
-    dlse_log2_ptr = at_lse(dlse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
     lse_log2_ptr = at_lse(lse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
     lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M)
-    delta = -load_vector(dlse_log2_ptr, start, q_tokens, BLOCK_M) * LOG2_E
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if dlse_log2_ptr is not None:
+        dlse_log2_ptr = at_lse(dlse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
+        delta -= load_vector(dlse_log2_ptr, start, q_tokens, BLOCK_M) * LOG2_E
     for part in tl.static_range(len(o)):
         delta += tl.sum(rounded(o[part].to(tl.float32) * do[part].to(tl.float32)), 1)
     delta = tl.where(lse_log2 == float("-inf"), 0.0, delta)
@@ -144,7 +146,7 @@ def dq_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, queries, head_strides, heads, bounds, partners, scale_log2,
+    dk, dv, k, v, queries, strides, heads, bounds, partners, scale_log2,
     BLOCK_M: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -169,9 +171,10 @@ def _key_gradients(
         start += BLOCK_M
         turns = (start >= bounds[3]).to(tl.int64)  # to the next head; an `if` ends the pipelining
         start = tl.where(turns != 0, bounds[0], start)
-        q_matrix = move(q_matrix, turns * head_strides[0])
-        q_rope_matrix = move(q_rope_matrix, turns * head_strides[1])
-        do_matrix = move(do_matrix, turns * head_strides[2])
+        q_matrix = move(q_matrix, turns * strides[0][2])
+        if D_ROPE:
+            q_rope_matrix = move(q_rope_matrix, turns * strides[1][2])
+        do_matrix = move(do_matrix, turns * strides[2][2])
         lse_log2_ptr += turns * LSE_PARTS * q_tokens
         delta_ptr += turns * q_tokens
     return dk, dv
@@ -204,7 +207,7 @@ def dkdv_kernel(
     v = load_rows(v_matrix, start, BLOCK_N, D_V)
     dv = zero_rows(BLOCK_N, D_V)
     k_per_v, q_per_k = k_heads // v_heads, q_heads // k_heads
-    head_strides = q_strides[2], q_rope_strides[2], do_strides[2]
+    strides = q_strides, q_rope_strides, do_strides
     for k_head in range(v_head * k_per_v, (v_head + 1) * k_per_v):
         k_matrix = head_matrix(k_ptr, k_strides, batch, k_head, k_tokens)
         k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE)
@@ -218,7 +221,7 @@ def dkdv_kernel(
             at_row_vector(delta_ptr, batch, q_head, q_heads, q_tokens),
         )
         dk, dv = _key_gradients(
-            dk, dv, k, v, queries, head_strides, q_per_k, bounds, partners, scale_log2,
+            dk, dv, k, v, queries, strides, q_per_k, bounds, partners, scale_log2,
             BLOCK_M, D_QK, D_V, D_ROPE, LSE_PARTS, PRECISION,
         )  # fmt: skip
         dk = scale_rows(dk, scale_log2 / LOG2_E)
@@ -234,47 +237,41 @@ def launch_backward(
     o: Tensor,
     lse_log2: Tensor,
     do: Tensor,
-    dlse_log2: Tensor,
+    dlse_log2: Tensor | None,
     with_excess: bool,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, delta and excess [B, HQ, Tq].
 
-    lse_log2 and its gradient are [B, HQ, parts, Tq]; the gradients of absent rotary parts are
-    empty, and so is excess, what rounding makes of sum_j dS_ij = 0, unless asked for.
+    lse_log2 and its gradient are [B, HQ, parts, Tq], None is a gradient of zeros. The gradients of
+    absent rotary parts are empty, and so is excess, what rounding makes of sum_j dS_ij = 0, unless
+    asked for.
     """
     inputs = problem[:5]
     problem, o, do = problem.even, even_rows(o), even_rows(do)
     q, k, v, q_rope, k_rope = problem[:5]
-    dq, dk, dv, dq_rope, dk_rope = (
-        q.new_empty((0,) * 4 if x is None else x.shape) for x in (q, k, v, q_rope, k_rope)
-    )
-    delta = torch.empty_like(lse_log2[:, :, 0])
-    excess = delta.new_empty(delta.shape if with_excess else (0,) * 3)
-    arguments = problem.kernel_arguments
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq_rope, dk_rope = (x if x is None else x.new_empty(x.shape) for x in (q_rope, k_rope))
     batches, q_tokens, q_heads, _ = q.shape
     k_tokens, k_heads = k.shape[1:3]
+    delta = lse_log2.new_empty(batches, q_heads, q_tokens)
+    excess = lse_log2.new_empty(delta.shape) if with_excess else None
+    arguments = problem.kernel_arguments
+    arguments |= {"do_ptr": do, "lse_log2_ptr": lse_log2, "delta_ptr": delta}
 
-    delta_rows = DELTA_ELEMENTS // triton.next_power_of_2(max(16, v.shape[-1]))
+    delta_rows = DELTA_ELEMENTS // power_of_2(max(16, v.shape[-1]))
     launch(
         delta_kernel,
-        triton.cdiv(q_tokens, delta_rows) * batches * q_heads,
+        cdiv(q_tokens, delta_rows) * batches * q_heads,
+        **arguments,
         o_ptr=o,
-        do_ptr=do,
-        lse_log2_ptr=lse_log2,
         dlse_log2_ptr=dlse_log2,
-        delta_ptr=delta,
-        batches=batches,
-        q_heads=q_heads,
-        q_tokens=q_tokens,
-        D_V=v.shape[-1],
-        LSE_PARTS=lse_log2.shape[2],
         BLOCK_M=delta_rows,
     )
-    arguments |= {"do_ptr": do, "lse_log2_ptr": lse_log2, "delta_ptr": delta}
-    tile = tiles.choose("dq", q, tiles.tile_width(arguments))
+    width = tiles.tile_width(arguments)
+    tile = tiles.choose("dq", q, width)
     launch(
         dq_kernel,
-        triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,
+        cdiv(q_tokens, tile.block_m) * batches * q_heads,
         **arguments,
         dq_ptr=dq,
         dq_rope_ptr=dq_rope,
@@ -282,12 +279,14 @@ def launch_backward(
         HAS_EXCESS=with_excess,
         **tile.options,
     )
-    shape = batches, k_tokens, k_heads, arguments["D_ROPE"]
-    shares = q.new_empty(shape, dtype=torch.float32)  # of each key head in dk_rope
-    tile = tiles.choose("dkdv", q, tiles.tile_width(arguments))
+    shares = None  # of each key head in dk_rope
+    if k_rope is not None:
+        shape = batches, k_tokens, k_heads, k_rope.shape[-1]
+        shares = q.new_empty(shape, dtype=torch.float32)
+    tile = tiles.choose("dkdv", q, width)
     launch(
         dkdv_kernel,
-        triton.cdiv(k_tokens, tile.block_n) * batches * v.shape[2],
+        cdiv(k_tokens, tile.block_n) * batches * v.shape[2],
         **arguments,
         dk_ptr=dk,
         dv_ptr=dv,
@@ -295,11 +294,12 @@ def launch_backward(
         **tile.options,
     )
     unseen = max(0, arguments["shift"] - arguments["behind"])  # first keys, whose v may be nan
-    dk[:, :unseen].zero_()
-    if k_rope is not None:
+    if unseen:
+        dk[:, :unseen].zero_()
+    if dk_rope is not None and shares is not None:
         dk_rope.copy_(shares.sum(2))
     gradients = (
-        d if x is None else without_padding(d, x.shape[-1])
+        q.new_empty((0,) * 4) if x is None or d is None else without_padding(d, x.shape[-1])
         for d, x in zip((dq, dk, dv, dq_rope, dk_rope), inputs, strict=True)
     )
-    return *gradients, delta, excess
+    return *gradients, delta, delta.new_empty((0,) * 3) if excess is None else excess

@@ -1,11 +1,11 @@
 """The decode kernels, keys split over programs and then combined, and their launcher."""
 
+import math
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
 from kernels.core import tiles
@@ -13,6 +13,7 @@ from kernels.core.forward import attend
 from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
+    at_row_vector,
     cast,
     head_matrix,
     load_joint_rows,
@@ -23,10 +24,12 @@ from kernels.core.primitives import (
     zero_rows,
 )
 from kernels.core.problem import (
-    UNLIMITED,
+    cdiv,
     dot_precision,
+    is_ragged,
     log2_scale,
-    rope_arguments,
+    power_of_2,
+    reach_behind,
 )
 
 KEYS_OF_A_SPLIT = 128  # at the least
@@ -101,8 +104,8 @@ def decode_kernel(
     batch += split * batches
     o = scale_rows(o, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
     store_rows(head_matrix(o_ptr, o_strides, batch, k_head, rows), o, start, BLOCK_M, D_V)
-    lse_ptr += (tl.cast(batch, tl.int64) * rows + row) * k_heads + k_head
-    tl.store(lse_ptr, row_max_log2 + tl.log2(row_sum), mask=row < rows)
+    lse_ptr = at_row_vector(lse_ptr, batch, k_head, k_heads, rows)
+    tl.store(lse_ptr + row, row_max_log2 + tl.log2(row_sum), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["splits", "rows"])
@@ -142,45 +145,50 @@ def launch_decode(
     window_size: int | None,
     scale: float,
 ) -> Tensor:
-    """o [B, Tq, HQ, D_V] of q [B, Tq, HQ, D_QK]; without a v_cache the values are the keys.
+    """o of q [B, Tq, HQ, D_QK], or [B, HQ, D_QK] of one token; without a v_cache v is k.
 
-    The other arguments are those of `attention_decode` and, for the rotary parts, `latent_decode`.
+    The other arguments are those of `attention_decode` and, for the rotary parts, `latent_decode`;
+    a cache of one head may do without its dimension.
     """
-    batches, q_tokens, q_heads, d_qk = q.shape
-    capacity, k_heads = k_cache.shape[1:3]
     values = k_cache if v_cache is None else v_cache
-    v_heads, d_v = values.shape[2:]
-    group = q_heads // k_heads
+    (batches, *tokens, q_heads, d_qk), d_v = q.shape, values.shape[-1]
+    capacity, (k_heads, v_heads) = k_cache.shape[1], (_heads(x) for x in (k_cache, values))
+    q_tokens, group = math.prod(tokens), q_heads // k_heads
     rows = q_tokens * group
+    shape = *q.shape[:-1], d_v
     if 0 in (q.numel(), capacity):
-        return q.new_zeros(batches, q_tokens, q_heads, d_v)
+        return q.new_zeros(shape)
 
     def by_key_head(x: Tensor) -> Tensor:
-        return rearrange(x, "b t (k g) d -> b (t g) k d", k=k_heads)
+        if k_heads == 1:
+            return x.flatten(1, 2) if x.dim() == 4 else x
+        x = x.reshape(batches, q_tokens, k_heads, group, x.shape[-1]).transpose(2, 3)
+        return x.flatten(1, 2)
 
     q = by_key_head(q)
-    arguments = {
-        "q_ptr": q,
-        "k_ptr": k_cache,
-        "v_ptr": values,
-        "D_QK": d_qk,
-        "D_V": d_v,
-        **rope_arguments(q, k_cache, None if q_rope is None else by_key_head(q_rope), rope_cache),
-    }
-    width = tiles.tile_width(arguments)._replace(short=rows <= tiles.FEW)
-    tile = tiles.choose("decode", q, width)
-    block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
-    programs = triton.cdiv(rows, block_m) * batches * k_heads
+    d_rope = 0
+    if q_rope is not None:
+        q_rope, d_rope = by_key_head(q_rope), q_rope.shape[-1]
+    given = (q, k_cache, values, q_rope, rope_cache)
+    ragged = any(x is not None and is_ragged(x) for x in given)
+    tile = tiles.choose("decode", q, tiles.row_width(d_qk, d_rope, d_v, ragged, rows <= tiles.FEW))
+    block_m = min(tile.block_m, max(16, power_of_2(rows)))
+    programs = cdiv(rows, block_m) * batches * k_heads
     keys = capacity if window_size is None else min(capacity, window_size + q_tokens - 1)
     splits = splits_of(keys, programs, multiprocessors(q.device))
     partial = q.new_empty(
-        splits * batches, rows, k_heads, d_v, dtype=torch.float32 if splits > 1 else q.dtype
+        splits * batches, k_heads, rows, d_v, dtype=torch.float32 if splits > 1 else q.dtype
     )
     lse = q.new_empty(partial.shape[:3], dtype=torch.float32)
     launch(
         decode_kernel,
         programs * splits,
-        o_ptr=partial,
+        q_ptr=q,
+        k_ptr=k_cache,
+        v_ptr=values,
+        q_rope_ptr=q_rope,
+        k_rope_ptr=rope_cache,
+        o_ptr=partial.transpose(1, 2),
         lse_ptr=lse,
         sinks_ptr=sinks,
         lengths_ptr=cache_lengths,
@@ -191,18 +199,20 @@ def launch_decode(
         q_tokens=q_tokens,
         capacity=capacity,
         splits=splits,
-        window=UNLIMITED if window_size is None else min(window_size, UNLIMITED),
+        window=reach_behind(window_size) + 1,
         scale_log2=log2_scale(scale),
+        D_QK=d_qk,
+        D_V=d_v,
+        D_ROPE=d_rope,
         V_IS_K=v_cache is None,
         HAS_SINKS=sinks is not None,
         PRECISION=dot_precision(q),
-        **arguments,
         **tile.options | {"BLOCK_M": block_m},
     )
     o = partial
     if splits > 1:
-        o = q.new_empty(batches, rows, k_heads, d_v)
-        block_v = triton.next_power_of_2(d_v)
+        o = q.new_empty(batches, k_heads, rows, d_v)
+        block_v = power_of_2(d_v)
         launch(
             combine_kernel,
             batches * rows * k_heads,
@@ -216,13 +226,19 @@ def launch_decode(
             BLOCK_S=max(1, COMBINED_ELEMENTS // block_v),
             MOST_SPLITS=MOST_SPLITS,
         )
-    return rearrange(o, "b (t g) k d -> b t (k g) d", t=q_tokens)
+    if 1 in (q_tokens, k_heads):
+        return o.view(shape)
+    return o.view(batches, k_heads, q_tokens, group, d_v).transpose(1, 2).contiguous().view(shape)
+
+
+def _heads(cache: Tensor) -> int:
+    return 1 if cache.dim() == 3 else cache.shape[2]
 
 
 def splits_of(keys: int, programs: int, multiprocessors: int) -> int:
     """How many programs share the keys of a row: enough to fill the GPU, none with few keys."""
-    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors, programs)
-    return max(1, min(wanted, triton.cdiv(keys, KEYS_OF_A_SPLIT), MOST_SPLITS))
+    wanted = cdiv(PROGRAMS_PER_SM * multiprocessors, programs)
+    return max(1, min(wanted, cdiv(keys, KEYS_OF_A_SPLIT), MOST_SPLITS))
 
 
 @cache

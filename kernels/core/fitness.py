@@ -21,7 +21,7 @@ from kernels.core.primitives import (
     rounded,
     scale_rows,
 )
-from kernels.core.problem import Genes, reach_behind, sequence_bounds
+from kernels.core.problem import Genes, cdiv, reach_behind, sequence_bounds
 from kernels.core.windows import (
     add_rows,
     express,
@@ -315,42 +315,44 @@ def dg_kernel(
     store_halves(dg_matrix, dg, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
 
 
-def launch_fitness(genes: Genes) -> tuple[Tensor, Tensor]:
-    """q and k of a selection, [B, T, H, D] in g's type; without a pressure gamma in fp32, no k."""
+Windows = tuple[int, dict[str, Any]]  # programs and arguments of the kernels with windows
+
+
+def launch_fitness(genes: Genes, windows: Windows | None = None) -> tuple[Tensor, Tensor]:
+    """q and k of a selection, [B, T, H, D] in g's type; without a pressure gamma in fp32, no k.
+
+    windows is what `sum_blocks` makes of the genes, if that is known.
+    """
     g, pressure = genes.g, genes.pressure
     q = g.new_empty(g.shape, dtype=torch.float32 if pressure is None else g.dtype)
-    k = g.new_empty((0,) * 4 if pressure is None else g.shape)
-    programs, rows = _row_arguments(genes)
-    launch(
-        fitness_kernel,
-        programs,
-        **rows,
-        **_window_arguments(programs, rows, genes),
-        q_ptr=q,
-        k_ptr=k,
-    )
-    return q, k
+    k = None if pressure is None else g.new_empty(g.shape)
+    programs, arguments = windows or sum_blocks(genes)
+    launch(fitness_kernel, programs, **arguments, q_ptr=q, k_ptr=k)
+    return q, g.new_empty((0,) * 4) if k is None else k
 
 
 def launch_fitness_backward(
-    genes: Genes, dq: Tensor, dk: Tensor | None, excess: Tensor | None
+    genes: Genes,
+    dq: Tensor,
+    dk: Tensor | None,
+    excess: Tensor | None,
+    windows: Windows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dg, de and dpressure [H] of `launch_fitness`; those of absent inputs are empty."""
     g, environment = genes.g, genes.environment
     batches, _, heads, width = g.shape
     dg = g.new_empty(g.shape)
-    dlogits = g.new_empty((0,) * 4 if environment == "none" else g.shape)
+    dlogits = None if environment == "none" else g.new_empty(g.shape)
     selected = 0 if genes.pressure is None else heads
-    programs, rows = _row_arguments(genes)
-    blocks = rows["blocks"]
+    programs, arguments = windows or sum_blocks(genes)
+    blocks = arguments["blocks"]
     dpressures = g.new_empty(batches, selected, blocks, dtype=torch.float32)
     share = g.new_empty(g.shape, dtype=torch.float32)
     share_totals = g.new_empty(batches, heads, blocks, width, dtype=torch.float32)
     launch(
         share_kernel,
         programs,
-        **rows,
-        **_window_arguments(programs, rows, genes),
+        **arguments,
         dq_ptr=dq,
         excess_ptr=excess,
         dlogits_ptr=dlogits,
@@ -361,60 +363,52 @@ def launch_fitness_backward(
     launch(
         dg_kernel,
         programs,
-        **rows,
-        dk_ptr=share if dk is None else dk,  # unread
+        **arguments,
+        dk_ptr=dk,
         share_ptr=share,
         share_totals_ptr=share_totals,
-        kin_ptr=dlogits,
+        kin_ptr=dlogits if environment == "kin" else None,
         dg_ptr=dg,
         ARE_KIN=environment == "kin",
     )
-    return dg, dlogits, dpressures.sum((0, 2))
+    dpressure = dpressures.sum((0, 2))
+    return dg, g.new_empty((0,) * 4) if dlogits is None else dlogits, dpressure
 
 
-def _row_arguments(genes: Genes) -> tuple[int, dict[str, Any]]:
-    """How many programs, and the keyword arguments that all kernels with windows have in common."""
-    g, cos, sin, packed = genes.g, genes.cos, genes.sin, genes.cu_seqlens
+def sum_blocks(genes: Genes) -> Windows:
+    """Sum up the genes of each block, as all kernels with windows need them."""
+    g, e, cos, packed = genes.g, genes.e, genes.cos, genes.cu_seqlens
     batches, tokens, heads, width = g.shape
-    tile = tiles.choose("fitness", g, tiles.Width(padded_width(width), plain=False))
-    blocks = triton.cdiv(tokens, tile.block_m)
-    return blocks * batches * heads, {
+    tile = tiles.choose("fitness", g, tiles.row_width(width, 0, width, False, False))
+    blocks = cdiv(tokens, tile.block_m)
+    programs, has_environment = blocks * batches * heads, genes.environment != "none"
+    totals = g.new_empty(batches, heads, blocks, width, dtype=torch.float32)
+    arguments = {
         "g_ptr": g,
+        "logits_ptr": (g if e is None else e) if has_environment else None,  # of eps
+        "pressure_ptr": genes.pressure,
         "cos_ptr": cos,
-        "sin_ptr": sin,
+        "sin_ptr": genes.sin,
+        "totals_ptr": totals,
         "bounds_ptr": None if packed is None else sequence_bounds(packed, tokens),
         "batches": batches,
         "heads": heads,
         "tokens": tokens,
         "blocks": blocks,
         "behind": reach_behind(genes.window_size),
+        "scale": width**0.5,
         "D_FIRST": width - width // 2,
         "D_SECOND": width // 2,
+        "BLOCK": tile.block_m,
+        "SEGMENTS": tile.num_warps,
+        "HAS_ENVIRONMENT": has_environment,
         "IS_VARLEN": packed is not None,
         "ARE_RUNS": packed is None and genes.window_size >= tile.block_m,
         "SELECTS": genes.pressure is not None,
         "IS_ROTARY": cos is not None,
-        "BLOCK": tile.block_m,
-        "SEGMENTS": tile.num_warps,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "maxnreg": tile.max_registers,
     }
-
-
-def _window_arguments(programs: int, rows: dict[str, Any], genes: Genes) -> dict[str, Any]:
-    """Those of the kernels that see gamma; runs the one that sums up each block's genes first."""
-    g, e = genes.g, genes.e
-    batches, _, heads, width = g.shape
-    totals = g.new_empty(batches, heads, rows["blocks"], width, dtype=torch.float32)
-    of_totals = ("g_ptr", "batches", "heads", "tokens", "blocks", "D_FIRST", "D_SECOND", "BLOCK",
-                 "SEGMENTS", "num_warps", "num_stages")  # fmt: skip
-    launch(totals_kernel, programs, **{name: rows[name] for name in of_totals}, totals_ptr=totals)
-    logits = g if e is None else e  # eps is sigmoid(e), or sigmoid(g), or neither is read
-    return {
-        "logits_ptr": logits,
-        "pressure_ptr": genes.pressure,
-        "scale": width**0.5,
-        "totals_ptr": totals,
-        "HAS_ENVIRONMENT": genes.environment != "none",
-    }
+    launch(totals_kernel, programs, **arguments)
+    return programs, arguments

@@ -24,7 +24,7 @@ from kernels.core.primitives import (
     tile_partners,
     zero_rows,
 )
-from kernels.core.problem import Problem, new_lse, without_padding
+from kernels.core.problem import Problem, cdiv, new_lse, without_padding
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     tile = tiles.choose("forward", q, tiles.tile_width(arguments))
     launch(
         forward_kernel,
-        triton.cdiv(q_tokens, tile.block_m) * batches * q_heads,
+        cdiv(q_tokens, tile.block_m) * batches * q_heads,
         **arguments,
         o_ptr=o,
         lse_log2_ptr=lse_log2,

@@ -13,7 +13,7 @@ from kernels.core.primitives import (
     scale_rows,
     zero_joint_rows,
 )
-from kernels.core.problem import UNLIMITED
+from kernels.core.problem import power_of_2, reach_behind
 from kernels.core.windows import add_rows, load_halves, load_summed, store_halves, sum_rows
 
 WARPS = 4
@@ -80,7 +80,7 @@ def launch_gene_decode(
     """q [B, Tq, H, D] of the selection, in g's type; arguments as `genetic_decode`'s."""
     batches, q_tokens, heads, width = g.shape
     q = g.new_empty(g.shape)
-    columns = max(16, triton.next_power_of_2(width - width // 2))
+    columns = max(16, power_of_2(width - width // 2))
     launch(
         gene_decode_kernel,
         q_tokens * batches * heads,
@@ -95,7 +95,7 @@ def launch_gene_decode(
         heads=heads,
         q_tokens=q_tokens,
         capacity=g_cache.shape[1],
-        window=min(window_size, UNLIMITED),
+        window=reach_behind(window_size) + 1,
         scale=width**0.5,
         D_FIRST=width - width // 2,
         D_SECOND=width // 2,

@@ -1,41 +1,70 @@
 """The one way in which kernels are launched."""
 
 import warnings
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 MOST_ROWS = 512  # of a tile, and more than any has
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch, beside the kernel's arguments
 
 
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
-    """Run so many programs of a kernel, on the device of its tensors, current or not.
+    """Run so many programs of a kernel, on the device of its first tensor, current or not.
 
-    Of a tensor `x_ptr` [B, T, H, D] whose strides the kernel takes, as `x_strides`, they are filled
-    in, that of rows as a constant; any other tensor is one that it takes to be contiguous. A tensor
-    that it can not address as it is comes as a copy, which those that it writes, fresh ones, never
-    need.
+    Of a tensor `x_ptr` [B, T, H, D], or [B, T, D] of one head, whose strides the kernel takes, as
+    `x_strides`, they are filled in, that of rows as a constant; any other tensor is one that it
+    takes to be contiguous. A tensor that it can not address as it is comes as a copy, which those
+    that it writes, fresh ones, never need. Arguments that the kernel does not take are left out.
     """
     if programs == 0:
         return
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-    for name, x in tensors.items():
-        strides = name.replace("_ptr", "_strides")
-        if strides in kernel.arg_names:
-            arguments[name] = x = x if _is_addressable(x) else x.contiguous()
-            batch, row, head, _ = x.stride()
-            arguments[strides] = batch, tl.constexpr(row), head
+    pointers, in_order = _signature(kernel)
+    for name, strides in pointers:
+        x = arguments[name]
+        if strides is None:
+            arguments[name] = x if x is None else x.contiguous()
+        elif x is None:
+            arguments[strides] = None
         else:
-            arguments[name] = x.contiguous()
-    x = next(iter(tensors.values()))
+            arguments[strides] = _kernel_strides(x.shape, x.stride())
+            if arguments[strides] is None:
+                arguments[name] = x = x.contiguous()
+                arguments[strides] = _kernel_strides(x.shape, x.stride())
+    values = in_order(arguments)
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    x = values[0]
     if x.is_cuda:
         _warn_of_compiler(x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        kernel[(programs,)](**arguments, enable_fp_fusion=True)
+        kernel[(programs,)](*values, **options, enable_fp_fusion=True)
+
+
+@cache
+def _signature(kernel: Any) -> tuple[list[tuple[str, str | None]], Callable[[Any], Any]]:
+    """Names of its tensors, each with that of strides that it takes; what puts all in order."""
+    names = kernel.arg_names
+    strides = {name: name.replace("_ptr", "_strides") for name in names if name.endswith("_ptr")}
+    pointers = [(name, other if other in names else None) for name, other in strides.items()]
+    return pointers, itemgetter(*names)
+
+
+@lru_cache(maxsize=4096)
+def _kernel_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[Any, ...] | None:
+    """Strides as kernels take them, or None where they can not.
+
+    Rows have to be dense, and those of a tile to lie within the reach of 32 bits.
+    """
+    (_, rows, *_, width), (batch, row, *heads, column) = shape, strides
+    far = (min(rows, MOST_ROWS) - 1) * row + width
+    if far >= 2**31 or (width > 1 and column != 1):
+        return None
+    return batch, tl.constexpr(row), heads[0] if heads else 0
 
 
 @cache
@@ -67,10 +96,3 @@ def _numbers(version: str) -> tuple[int, int]:
     """Major and minor."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
-
-
-def _is_addressable(x: Tensor) -> bool:
-    """Whether rows are dense, and those of a tile lie within the reach of 32 bits."""
-    width = x.shape[-1]
-    far = (min(x.shape[1], MOST_ROWS) - 1) * x.stride(1) + width
-    return far < 2**31 and (width == 1 or x.stride(-1) == 1)

@@ -1,14 +1,15 @@
 """Jit helpers that every kernel shares; each formula of the attention core stands here once."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(math.log2(math.e))
+from kernels.core import problem
+
+LOG2_E = tl.constexpr(problem.LOG2_E)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+padded_width = triton.constexpr_function(problem.padded_width)
 
 
 @triton.jit
@@ -50,9 +51,15 @@ def locate_program(batches, heads):
 
 @triton.jit
 def head_matrix(ptr, strides, batch, head, tokens):
-    """One head of a [B, T, H, D] tensor: (address, stride of its rows, number of rows)."""
-    address = ptr + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
-    return address, strides[1], tokens
+    """One head of a [B, T, H, D] tensor: (address, stride of its rows, number of rows).
+
+    Of a tensor that is not there, None.
+    """
+    matrix = None
+    if ptr is not None:
+        ptr += tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
+        matrix = ptr, strides[1], tokens
+    return matrix
 
 
 @triton.jit
@@ -65,13 +72,6 @@ def move(matrix, elements):
 def at_row_vector(ptr, batch, head, heads, tokens):
     """Address of token 0 of one head in a contiguous [B, H, T] tensor."""
     return ptr + (tl.cast(batch, tl.int64) * heads + head) * tokens
-
-
-@triton.constexpr_function
-def padded_width(d):
-    """Columns that rows of d elements take in tiles of power-of-two widths, from 32 up."""
-    main = max(32, 1 << d.bit_length() - 1)
-    return main + (max(32, 1 << (d - main - 1).bit_length()) if d > main else 0)
 
 
 @triton.constexpr_function

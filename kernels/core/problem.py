@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UNLIMITED = 2**30  # tokens; sums with a position stay inside int32
+LOG2_E = math.log2(math.e)
 
 
 class Problem(NamedTuple):
@@ -34,9 +35,8 @@ class Problem(NamedTuple):
     @property
     def even(self) -> "Problem":
         """The same with `even_rows`, the rotary parts' too; results have their columns."""
-        q_rope, k_rope = (None if x is None else even_rows(x) for x in (self.q_rope, self.k_rope))
-        q, k, v = map(even_rows, self[:3])
-        return self._replace(q=q, k=k, v=v, q_rope=q_rope, k_rope=k_rope)
+        rows = [x if x is None else even_rows(x) for x in self[:5]]
+        return Problem(*rows, *self[5:])  # type: ignore[arg-type,call-arg]
 
     @property
     def kernel_arguments(self) -> dict[str, Any]:
@@ -49,7 +49,8 @@ class Problem(NamedTuple):
             "q_ptr": self.q,
             "k_ptr": self.k,
             "v_ptr": self.v,
-            **rope_arguments(self.q, self.k, self.q_rope, self.k_rope),
+            "q_rope_ptr": self.q_rope,
+            "k_rope_ptr": self.k_rope,
             "bounds_ptr": None if packed is None else sequence_bounds(packed, k_tokens),
             "batches": batches,
             "q_heads": q_heads,
@@ -63,6 +64,7 @@ class Problem(NamedTuple):
             "scale_log2": log2_scale(self.scale),
             "D_QK": d_qk,
             "D_V": d_v,
+            "D_ROPE": 0 if self.q_rope is None else self.q_rope.shape[-1],
             "IS_VARLEN": packed is not None,
             "LSE_PARTS": lse_parts(self.q),
             "PRECISION": dot_precision(self.q),
@@ -92,7 +94,7 @@ def is_ragged(rows: Tensor) -> bool:
     So are those of 16 columns, half of a tile.
     """
     width = rows.shape[-1]
-    return width < 32 or any(n % 16 for n in (width, *rows.stride()[:-1], rows.data_ptr()))
+    return width < 32 or math.gcd(16, width, *rows.stride()[:-1], rows.data_ptr()) != 16
 
 
 def even_rows(x: Tensor) -> Tensor:
@@ -104,8 +106,24 @@ def even_rows(x: Tensor) -> Tensor:
 
 
 def without_padding(x: Tensor, width: int) -> Tensor:
-    """The first columns of even rows, contiguous."""
-    return x[..., :width].contiguous()
+    """The first columns of contiguous even rows, contiguous."""
+    return x if x.shape[-1] == width else x[..., :width].contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(least: int) -> int:
+    """The first power of two from `least` >= 1 up."""
+    return 1 << (least - 1).bit_length()
+
+
+def padded_width(d: int) -> int:
+    """Columns that rows of d elements take in tiles of power-of-two widths, from 32 up."""
+    main = max(32, 1 << d.bit_length() - 1)
+    return main + (max(32, 1 << (d - main - 1).bit_length()) if d > main else 0)
 
 
 def reach_behind(window_size: int | None) -> int:
@@ -126,22 +144,7 @@ def new_lse(q: Tensor) -> Tensor:
 
 def log2_scale(scale: float) -> float:
     """The scale of scores whose softmax is taken to base 2."""
-    return scale * math.log2(math.e)
-
-
-def rope_arguments(
-    q: Tensor, k: Tensor, q_rope: Tensor | None, k_rope: Tensor | None
-) -> dict[str, Any]:
-    """The rotary parts, queries [B, T, H, D_ROPE] and keys [B, T, D_ROPE], as kernels take them."""
-    if q_rope is None or k_rope is None:
-        q_rope, shared, width = q, k, 0  # of no width, so never read
-    else:
-        shared, width = k_rope[:, :, None], q_rope.shape[-1]
-    return {
-        "q_rope_ptr": q_rope,
-        "k_rope_ptr": shared,
-        "D_ROPE": width,
-    }
+    return scale * LOG2_E
 
 
 def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Launch shapes: a frozen table, chosen with `python -m bench.resources`."""
 
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -8,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.core.primitives import main_width, padded_width
-from kernels.core.problem import is_ragged
+from kernels.core.primitives import main_width
+from kernels.core.problem import padded_width
 
 SHORT = 512  # keys of a window below which `short_forward` is faster
 FEW = 16  # rows of a key head, tokens times query heads, up to which decode takes `short_decode`
@@ -27,7 +28,7 @@ class Tile:
     num_stages: int
     max_registers: int | None = None  # of a thread; by default ptxas decides
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """The tile as a kernel launch takes it."""
         return {
@@ -201,15 +202,18 @@ class Width(NamedTuple):
 
 
 def tile_width(arguments: dict[str, Any]) -> Width:
+    """That of the rows that an attention kernel meets, all of them even."""
+    short = arguments["behind"] + arguments["ahead"] < SHORT
+    return row_width(arguments["D_QK"], arguments["D_ROPE"], arguments["D_V"], False, short)
+
+
+@cache
+def row_width(d_qk: int, d_rope: int, d_v: int, ragged: bool, short: bool) -> Width:
     """That of the wider of the rows that an attention kernel scores and of those that it sums."""
-    d_qk, d_rope, d_v = (arguments[name] for name in ("D_QK", "D_ROPE", "D_V"))
     scored = padded_width(d_qk) + (padded_width(d_rope) if d_rope else 0)
     if d_rope and scored == 128:  # in two parts, whose sums take more registers than those of one
         scored = 192
     columns = max(scored, padded_width(d_v))
-    rows = [x for x in arguments.values() if isinstance(x, Tensor) and x.dim() == 4]
-    ragged = any(is_ragged(x) for x in rows)
-    short = arguments.get("behind", SHORT) + arguments.get("ahead", 0) < SHORT
     return Width(columns, ragged or is_narrow(d_qk, columns), short)
 
 
@@ -220,10 +224,16 @@ def is_narrow(d_qk: int, columns: int) -> bool:
 
 def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     """The tile for queries like q, in rows of a width that `kernels.checks` accepts."""
-    if q.device.type == "cpu":
+    if q.is_cpu:
         return INTERPRETER[direction]
     arch = None if q.dtype == torch.float32 or width.plain else architecture(q.device)
-    version = ".".join(triton.__version__.split(".")[:2])
+    return _listed(direction, arch, width, triton.__version__)
+
+
+@cache
+def _listed(direction: Direction, arch: int | None, width: Width, triton_version: str) -> Tile:
+    """The tile in the table of an architecture, or without one in `PLAIN`."""
+    version = ".".join(triton_version.split(".")[:2])
     tables = PLAIN if arch is None else HALF_PRECISION[arch], BY_TRITON.get((version, arch), {})
     names = (direction, SHORTER.get(direction, direction)) if width.short else (direction,)
     serving: dict[int, Tile] = {}
@@ -232,6 +242,7 @@ def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     return serving[min(widest for widest in serving if width.columns <= widest)]
 
 
+@cache
 def architecture(device: torch.device) -> int:
     """The architecture of the table whose tiles a GPU can run.
 

@@ -109,6 +109,16 @@ def test_it_continues_the_whole_sequence(q_tokens, window, rows, environment, im
     torch.testing.assert_close(o, whole[:, -q_tokens:], atol=1e-5, rtol=1e-5)
 
 
+def test_opcheck():
+    g, ring, pressure = (torch.randn(n, device=DEVICE) for n in ((2, 3, 4, 16), (2, 40, 4, 16), 4))
+    cos, sin = torch.randn(2, 2, 3, 8, device=DEVICE)
+    lengths = torch.tensor([70, 7], dtype=torch.int32, device=DEVICE)
+    op, caches = torch.ops.smollm_attention.select_decode.default, (ring + 1, ring[:, :, :2, :8])
+    for genes in ((g, g + 1, pressure.abs(), cos, sin), (g, None, pressure.abs(), None, None)):
+        environment = "none" if genes[1] is None else "query"
+        torch.library.opcheck(op, (*genes, ring, lengths, 9, environment, *caches))
+
+
 @EACH_FUSED
 def test_the_output_is_the_same_bits_every_time(impl):
     case = BY_NAME["window-over-tiles"]

@@ -24,8 +24,8 @@ class Recorder:
         self.launches, self.devices, self.current = [], [], None
 
     def __getitem__(self, grid):
-        def run(**arguments):
-            self.launches.append((grid, arguments))
+        def run(*values, **options):
+            self.launches.append((grid, dict(zip(self.arg_names, values, strict=True))))
             self.devices.append(self.current)
 
         return run
@@ -87,6 +87,14 @@ def test_strides_are_kept_where_a_kernel_takes_them():
     assert arguments["x_ptr"] is x and arguments["y_ptr"].stride() == (1,)
 
 
+def test_rows_of_one_head_need_no_dimension_of_heads():
+    x = torch.randn(2, 3, 9)[..., :5]
+    recorder = Recorder()
+    launch(recorder, 1, x_ptr=x, y_ptr=None, n=7)
+    ((_, arguments),) = recorder.launches
+    assert arguments["x_ptr"] is x and strides(arguments) == (27, 9, 0, 1)
+
+
 def test_columns_apart_are_copied():
     assert launched(torch.randn(2, 3, 4, 5).mT, torch.ones(1))["x_ptr"].stride(-1) == 1
     x = torch.randn(2, 3, 4, 5)[..., 2:3]
@@ -99,7 +107,7 @@ def test_rows_too_far_apart_for_32_bits_are_copied(tokens, copied):
     x = torch.empty(1, dtype=torch.float16, device="meta")
     x = torch.as_strided(x.new_empty(1 + tokens * 2**27), (1, tokens, 1, 1), (1, 2**27, 1, 1))
     recorder = Recorder()
-    launch(recorder, 1, x_ptr=x, n=7)
+    launch(recorder, 1, x_ptr=x, y_ptr=None, n=7)
     ((_, arguments),) = recorder.launches
     assert (arguments["x_ptr"] is not x) == copied
     assert strides(arguments) == ((tokens, 1, 1, 1) if copied else x.stride())

@@ -10,7 +10,7 @@ import triton
 
 import kernels
 from kernels import checks
-from kernels.core import decode, tiles
+from kernels.core import backward, decode, tiles
 from kernels.core.primitives import padded_width
 from kernels.core.problem import Problem, even_rows, is_ragged, without_padding
 
@@ -174,11 +174,8 @@ def test_even_rows_are_no_copy():
     assert even.k.shape[-1] == 64 and even.v.shape[-1] == 80
 
 
-def width_of(d_qk=64, d_v=64, d_rope=0, **rows):
-    """What `tile_width` makes of aligned rows, or of those given."""
-    rows = dict.fromkeys("qkv", PLANES[..., :64]) | rows
-    pointers = {f"{name}_ptr": x for name, x in rows.items()}
-    return tiles.tile_width(pointers | {"D_QK": d_qk, "D_ROPE": d_rope, "D_V": d_v})
+def width_of(d_qk=64, d_v=64, d_rope=0, ragged=False):
+    return tiles.row_width(d_qk, d_rope, d_v, ragged, short=False)
 
 
 def test_rows_of_two_parts_take_the_tiles_of_wider_ones():
@@ -208,12 +205,32 @@ def test_new_tokens_and_heads_of_a_group_share_a_tile(
     assert (launched["BLOCK_N"], launched["num_stages"]) == ((64, 4) if rows == 16 else (32, 3))
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_one_ragged_tensor_makes_the_launch_plain(name):
-    assert width_of() == tiles.Width(64, plain=False)
-    assert width_of(**{name: PLANES[..., 1:65]}) == tiles.Width(64, plain=True)
-    q = torch.empty(1, dtype=torch.bfloat16, device="meta")
-    assert tiles.choose("dq", q, tiles.Width(64, plain=True)) == tiles.PLAIN["dq"][64]
+@pytest.mark.parametrize("name", [None, "q", "k", "v"])
+def test_one_ragged_tensor_makes_a_decoding_plain(name, monkeypatch):
+    launched = {}
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(decode, "launch", lambda *_, **given: launched.update(given))
+    memory = torch.empty(2, 40, 3, 66, dtype=torch.bfloat16, device="meta")
+    even = memory[..., :64].contiguous()
+    rows = dict.fromkeys("qkv", even) | ({name: memory[..., 1:65]} if name else {})
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    decode.launch_decode(*rows.values(), None, None, lengths, None, None, 1.0)
+    table = tiles.PLAIN if name else tiles.HALF_PRECISION[90]
+    assert launched["BLOCK_N"] == table["decode"][64].block_n
+    assert launched["num_stages"] == table["decode"][64].num_stages
+
+
+@pytest.mark.parametrize("tokens", [64, 63])
+def test_the_number_of_tokens_makes_no_tile_plain(tokens, monkeypatch):
+    """Even where rows of the lse, as many numbers, begin off multiples of 16."""
+    stages = []
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(backward, "launch", lambda *_, **given: stages.append(given))
+    q = torch.empty(2, tokens, 3, 64, dtype=torch.bfloat16, device="meta")
+    lse = torch.empty(2, 3, 1, tokens, device="meta")
+    backward.launch_backward(Problem(q, q, q), q, lse, q, None, False)
+    chosen = [given["num_stages"] for given in stages[1:]]
+    assert chosen == [tiles.HALF_PRECISION[90][name][64].num_stages for name in ("dq", "dkdv")]
 
 
 @pytest.mark.parametrize(
