@@ -4,7 +4,8 @@
 ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills much, has its
 matrix instructions serialised, needs more shared memory than the architecture has, or misses wgmma
 on sm_90. `--width every` takes every width of rows that the kernels of attention are launched with,
-those of decode and fitness by their padded widths, even and ragged; leave it running.
+those of decode and fitness by their padded widths, even and ragged; leave it running. Of the matrix
+loops of attention on sm_90 it prints the cycles, interior / masked, that `bench.cycles` predicts.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +29,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench.cycles import tile_cycles
 from kernels.core import tiles
 from kernels.core.backward import launch_backward
 from kernels.core.decode import launch_decode
@@ -57,6 +59,7 @@ MULTIPROCESSORS = {
 INPUTS = ("g_ptr", "q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
 MOST_SPILLED = 64  # bytes of a thread; so few cost less than fewer programs or a smaller tile
+TIMED = "forward", "dq", "dkdv"  # kernels whose cycles are predicted
 SERIALISED = "(C7510)", "(C7511)", "(C7512)"  # ptxas on wgmma
 Widths = tuple[tuple[int, int], ...]  # of keys and values, and of keys' rotary part
 
@@ -94,6 +97,7 @@ class Row:
     ctas_per_sm: int
     instructions: dict[str, int]
     warnings: tuple[str, ...]
+    cycles: tuple[int, int] | None = None  # predicted: 64 x 64 scores, interior and masked
 
     @property
     def faults(self) -> list[str]:
@@ -116,8 +120,12 @@ class Row:
         ragged = any(d < 32 or d % 16 for d in widths)
         if self.dtype == "float32" or ragged or tiles.is_narrow(widths[0], columns):
             return False  # the tile is a plain one
+        if self.kernel not in ("forward", "dq", "dq_excess", "dkdv"):
+            return False
         # 64 keys, the fewest of a wgmma, have two accumulators that at 256 leave no register over.
-        return self.kernel in ("forward", "dq") or (self.kernel == "dkdv" and columns <= 128)
+        return self.kernel in ("forward", "dq", "dq_excess") or (
+            self.kernel == "dkdv" and columns <= 128
+        )
 
 
 class _Target:
@@ -137,12 +145,14 @@ class _Target:
 
 
 @contextlib.contextmanager
-def compiling(arch: int) -> Iterator[list[Row]]:
-    """Launches inside compile for `arch`, run nothing, and leave a row each in the list."""
+def compiling(arch: int, only: str | None = None) -> Iterator[list[Row]]:
+    """Launches inside compile for `arch`, of one kernel or all, run nothing and leave rows."""
     rows: list[Row] = []
     run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if only and self.__name__ != f"{only}_kernel":
+            return None
         self.device_caches.clear()  # a kernel met before must compile again, to be heard of again
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -167,23 +177,31 @@ def attention_rows(
 ) -> list[Row]:
     """Compile the attention core as its launchers do: 9 query heads over 3, or MLA's 9; a window.
 
-    With rope, that many columns of queries and keys beside width are rotary; without, dq sums its
-    excess for MGA, which takes the most registers, and packed sequences have sinks.
+    With rope, that many columns of queries and keys beside width are rotary; without, a second dq
+    sums its excess for MGA, which takes the most registers, and packed sequences have sinks.
     """
+    problem = _problem(width, dtype, rope, packed)
+    with compiling(arch) as rows:
+        o, lse = launch_forward(problem)
+        short = tiles.HALF_PRECISION[arch].get("short_forward", {})
+        if dtype != torch.float32 and padded_width(width) + rope <= max(short, default=0):
+            launch_forward(problem._replace(window_size=tiles.SHORT // 2))
+        launch_backward(problem, o, lse, o, lse, with_excess=False)
+    if not rope:
+        with compiling(arch, "dq") as more:
+            launch_backward(problem, o, lse, o, lse, with_excess=True)
+        rows += more
+    return rows
+
+
+def _problem(width: int, dtype: torch.dtype, rope: int, packed: bool = False) -> Problem:
     heads, scale = 9 if rope else 3, (width + rope) ** -0.5
     q, k, v = (_meta(1, 4096, h, width, dtype=dtype) for h in (9, heads, heads))
     q_rope = _meta(1, 4096, 9, rope, dtype=dtype) if rope else None
     k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
     sinks = _meta(9, dtype=torch.float32) if packed and not rope else None
     offsets = _meta(5, dtype=torch.int32) if packed else None
-    problem = Problem(q, k, v, q_rope, k_rope, sinks, offsets, scale, window_size=1024)
-    with compiling(arch) as rows:
-        o, lse = launch_forward(problem)
-        short = tiles.HALF_PRECISION[arch].get("short_forward", {})
-        if dtype != torch.float32 and padded_width(width) + rope <= max(short, default=0):
-            launch_forward(problem._replace(window_size=tiles.SHORT // 2))
-        launch_backward(problem, o, lse, o, lse, with_excess=not rope)
-    return rows
+    return Problem(q, k, v, q_rope, k_rope, sinks, offsets, scale, window_size=1024)
 
 
 def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
@@ -261,9 +279,10 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
     width = arguments.get("D_QK") or arguments.get("D_V")
     if width is None:
         width = arguments["D_FIRST"] + arguments["D_SECOND"]
-    return Row(
+    excess = "_excess" if arguments.get("HAS_EXCESS") else ""
+    row = Row(
         arch=arch,
-        kernel=metadata.name.removesuffix("_kernel"),
+        kernel=metadata.name.removesuffix("_kernel") + excess,
         dtype=str(arguments[next(name for name in INPUTS if name in arguments)].dtype)[6:],
         width=str(width) + (f"+{rope}" if rope else ""),
         block_m=arguments.get("BLOCK_M", arguments.get("BLOCK", 0)),
@@ -277,6 +296,10 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
         instructions={name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
         warnings=tuple(line for line in log.splitlines() if "(C7" in line),
     )
+    if arch != 90 or row.kernel not in TIMED or row.dtype == "float32" or arguments["IS_VARLEN"]:
+        return row
+    shape = row.block_m, row.block_n, row.num_warps, row.ctas_per_sm
+    return replace(row, cycles=tile_cycles(sass, *shape))
 
 
 def _ctas_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:
@@ -299,11 +322,12 @@ def report(rows: Sequence[Row]) -> str:
     columns = ("arch", "kernel", "dtype", "width", "block_m", "block_n", "num_warps", "num_stages",
                "registers", "spill_bytes", "shared_bytes", "ctas_per_sm")  # fmt: skip
     titles = ("sm", "kernel", "type", "width", "M", "N", "warps", "stages", "regs", "spills",
-              "shared", "CTAs", *INSTRUCTIONS, "faults and warnings")  # fmt: skip
+              "shared", "CTAs", *INSTRUCTIONS, "cycles", "faults and warnings")  # fmt: skip
     lines: list[tuple[str, ...]] = [titles]
     for row in rows:
         cells = [str(getattr(row, column)) for column in columns]
         cells += [str(row.instructions[name]) for name in INSTRUCTIONS]
+        cells += ["/".join(map(str, row.cycles)) if row.cycles else "-"]
         lines.append((*cells, "; ".join([*row.faults, *row.warnings])))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
