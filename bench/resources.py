@@ -1,11 +1,13 @@
 """What the compiler makes of every kernel at every tile of the table, with no GPU at hand.
 
-`python -m bench.resources [--arch 90 100] [--width 64 64+32] [--packed] [--json FILE]` compiles
-ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills much, has its
-matrix instructions serialised, needs more shared memory than the architecture has, or misses wgmma
-on sm_90. `--width every` takes every width of rows that the kernels of attention are launched with,
-those of decode and fitness by their padded widths, even and ragged; leave it running. Of the matrix
-loops of attention on sm_90 it prints the cycles, interior / masked, that `bench.cycles` predicts.
+`python -m bench.resources [--arch 90] [--width 64 64+32] [--packed | --rank] [--json FILE]`
+compiles ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills
+much, has its matrix instructions serialised, needs more shared memory than the architecture has,
+or misses wgmma on sm_90. `--width every` takes every width of rows that the kernels of attention
+are launched with, those of decode and fitness by their padded widths; leave it running.
+
+Of the matrix loops of attention on sm_90 it prints the cycles, interior / masked, that
+`bench.cycles` predicts; `--rank` orders by them the tiles of `bench.candidates`, faulty ones last.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +32,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench import candidates
 from bench.cycles import tile_cycles
 from kernels.core import tiles
 from kernels.core.backward import launch_backward
@@ -37,7 +41,7 @@ from kernels.core.fitness import launch_fitness, launch_fitness_backward
 from kernels.core.forward import launch_forward
 from kernels.core.gene_decode import launch_gene_decode
 from kernels.core.primitives import padded_width
-from kernels.core.problem import Genes, Problem
+from kernels.core.problem import Genes, Problem, new_lse
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,41 @@ def _problem(width: int, dtype: torch.dtype, rope: int, packed: bool = False) ->
     return Problem(q, k, v, q_rope, k_rope, sinks, offsets, scale, window_size=1024)
 
 
+def ranked_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> dict[str, list[Row]]:
+    """The candidates for each direction of attention, the fewest predicted cycles first.
+
+    Interior tiles count, and of short windows, where half are, masked ones as well.
+    """
+    ranked: dict[str, list[Row]] = {}
+    problem = _problem(width, dtype, rope)
+    columns = tiles.tile_width(problem.kernel_arguments).columns
+    for direction, widths in candidates.ALTERNATIVES.get(arch, {}).items():
+        if columns > max(widths):
+            continue
+        widest = min(w for w in widths if columns <= w)
+        rows = []
+        for tile in candidates.tiles_to_try(arch, direction, widest):
+            with candidates.using(arch, direction, widest, tile):
+                rows += _direction_rows(arch, direction, problem)
+        masked = direction in tiles.SHORTER.values()
+        ranked[direction] = sorted(
+            rows, key=lambda row: (bool(row.faults), sum((row.cycles or (0,))[: 1 + masked]))
+        )
+    return ranked
+
+
+def _direction_rows(arch: int, direction: tiles.Direction, problem: Problem) -> list[Row]:
+    with compiling(arch, direction.removeprefix("short_")) as rows:
+        if direction in ("dq", "dkdv"):
+            o, lse = torch.empty_like(problem.v), new_lse(problem.q)
+            launch_backward(problem, o, lse, o, lse, with_excess=False)
+        elif direction == "short_forward":
+            launch_forward(problem._replace(window_size=tiles.SHORT // 2))
+        else:
+            launch_forward(problem)
+    return rows
+
+
 def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
     """Compile the decode kernels: 9 query heads over 3, or with rope over one latent of width.
 
@@ -365,10 +404,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", nargs="+", choices=[*every, "every"], default=list(models))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--packed", action="store_true", help="the launches of packed sequences")
+    parser.add_argument("--rank", action="store_true", help="candidate tiles, and nothing else")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--summary", type=Path, help="and here a line each width")
     arguments = parser.parse_args(argv)
     names = every if "every" in arguments.width else arguments.width
+    if arguments.rank:
+        return _rank(arguments, [every[name] for name in names])
     rows = [
         row
         for arch in arguments.arch
@@ -384,6 +426,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.summary:
         arguments.summary.write_text(summary(rows))
     return 1 if faulty else 0
+
+
+def _rank(arguments: argparse.Namespace, widths: Sequence[tuple[int, int]]) -> int:
+    found = []
+    for arch, (width, rope) in product(arguments.arch, widths):
+        for direction, rows in ranked_rows(arch, width, torch.bfloat16, rope).items():
+            print(f"{direction}\n{report(rows)}\n", flush=True)
+            found += [asdict(row) | {"direction": direction} for row in rows]
+    if arguments.json:
+        about = {"triton": triton.__version__, "rows": found}
+        arguments.json.write_text(json.dumps(about, indent=1))
+    return 0
 
 
 if __name__ == "__main__":

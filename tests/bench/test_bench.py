@@ -110,6 +110,26 @@ def test_packed_launches_compile(tmp_path):
     assert done.returncode == 0 and all(row["spill_bytes"] <= 64 for row in rows)
 
 
+RANK = """
+import json, torch
+from bench import candidates, resources
+candidates.ALTERNATIVES[90] = {"dkdv": {64: ((32, 64, 4, 3), (128, 128, 4, 3), (32, 128, 8, 2))}}
+ranked = resources.ranked_rows(90, 64, torch.bfloat16)
+rows = [(r.block_m, r.block_n, r.num_stages, r.cycles[0], bool(r.faults)) for r in ranked["dkdv"]]
+print(json.dumps(rows))
+"""
+
+
+def test_candidates_are_ranked_by_predicted_cycles():
+    """Those that spill come last, however few cycles they take."""
+    done = python("-c", RANK, TRITON_INTERPRET="0", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [tuple(row[:3]) for row in rows[-1:]] == [(128, 128, 3)] and rows[-1][4]
+    assert not any(faulty for *_, faulty in rows[:-1]) and len(rows) == 4
+    assert [row[3] for row in rows[:-1]] == sorted(row[3] for row in rows[:-1])
+
+
 GOOD_ROW = resources.Row(
     arch=90, kernel="dq", dtype="bfloat16", width="64", block_m=64, block_n=64, num_warps=4,
     num_stages=2, registers=150, spill_bytes=0, shared_bytes=49152, ctas_per_sm=3,
