@@ -1,5 +1,6 @@
 """The GPU's own clock for pytest-benchmark, a cold L2, and how training is timed."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -40,6 +41,34 @@ def flush_l2() -> None:
         _scratch().zero_()
 
 
+def training_call(
+    attend: Callable[[], Tensor], leaves: Sequence[Tensor], do: Tensor, direction: str
+) -> Callable[[], Any]:
+    """What "forward" or "backward" of a function of the leaves runs when it is timed."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attend()
+
+    if direction == "forward":
+        return forward
+    o = attend()
+    return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+
+def median_seconds(call: Callable[[], Any], rounds: int, warmup_rounds: int = 3) -> float:
+    """The median of so many rounds, L2 flushed before each, without pytest-benchmark."""
+    for _ in range(warmup_rounds):
+        call()
+    instants: list[tuple[Any, Any]] = []
+    for _ in range(rounds):
+        flush_l2()
+        begin = clock()
+        call()
+        instants.append((begin, clock()))
+    return statistics.median(float(end - begin) for begin, end in instants)
+
+
 def time_training(
     benchmark: Any,
     attend: Callable[[], Tensor],
@@ -50,19 +79,9 @@ def time_training(
     rounds: int,
 ) -> None:
     """Time "forward" or "backward" of a function of the leaves, and note what it is about."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attend()
-
-    o = attend()
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(o, leaves, do, retain_graph=True)
-
     benchmark.group = f"{about['case']} {direction}"
     benchmark.extra_info.update(about, direction=direction)
-    call = forward if direction == "forward" else backward
+    call = training_call(attend, leaves, do, direction)
     benchmark.pedantic(call, setup=flush_l2, rounds=rounds, warmup_rounds=3)
 
 

@@ -59,7 +59,7 @@ def outputs_and_gradients(
         for name, out in outputs.items()
     )
     assert isinstance(loss, Tensor)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = {
         f"d{name}": x.grad for name, x in leaves.items() if x is not None and x.requires_grad
     }
