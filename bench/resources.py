@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -63,6 +64,7 @@ MULTIPROCESSORS = {
 INPUTS = ("g_ptr", "q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
 MOST_SPILLED = 64  # bytes of a thread; so few cost less than fewer programs or a smaller tile
+SHORT_WINDOW = tiles.SHORT // 2
 TIMED = "forward", "dq", "dkdv"  # kernels whose cycles are predicted
 SERIALISED = "(C7510)", "(C7511)", "(C7512)"  # ptxas on wgmma
 Widths = tuple[tuple[int, int], ...]  # of keys and values, and of keys' rotary part
@@ -189,7 +191,7 @@ def attention_rows(
         o, lse = launch_forward(problem)
         short = tiles.HALF_PRECISION[arch].get("short_forward", {})
         if dtype != torch.float32 and padded_width(width) + rope <= max(short, default=0):
-            launch_forward(problem._replace(window_size=tiles.SHORT // 2))
+            launch_forward(problem._replace(window_size=SHORT_WINDOW))
         launch_backward(problem, o, lse, o, lse, with_excess=False)
     if not rope:
         with compiling(arch, "dq") as more:
@@ -211,7 +213,7 @@ def _problem(width: int, dtype: torch.dtype, rope: int, packed: bool = False) ->
 def ranked_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> dict[str, list[Row]]:
     """The candidates for each direction of attention, the fewest predicted cycles first.
 
-    Interior tiles count, and of short windows, where half are, masked ones as well.
+    Those of interior tiles, or of short windows those of both kinds, as many as a window has.
     """
     ranked: dict[str, list[Row]] = {}
     problem = _problem(width, dtype, rope)
@@ -224,20 +226,30 @@ def ranked_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> dic
         for tile in candidates.tiles_to_try(arch, direction, widest):
             with candidates.using(arch, direction, widest, tile):
                 rows += _direction_rows(arch, direction, problem)
-        masked = direction in tiles.SHORTER.values()
-        ranked[direction] = sorted(
-            rows, key=lambda row: (bool(row.faults), sum((row.cycles or (0,))[: 1 + masked]))
-        )
+        window = SHORT_WINDOW if direction == "short_forward" else None
+        ranked[direction] = sorted(rows, key=lambda row: (bool(row.faults), _cost(row, window)))
     return ranked
+
+
+def _cost(row: Row, window: int | None) -> float:
+    """Predicted cycles of 64 queries, over 64 keys or the keys of a window."""
+    if row.cycles is None:
+        return math.inf
+    interior, masked = row.cycles
+    if window is None:
+        return interior
+    edge_tiles = 2 * -(-row.block_m // row.block_n)
+    return interior * (window - row.block_m) / 64 + masked * edge_tiles * row.block_n / 64
 
 
 def _direction_rows(arch: int, direction: tiles.Direction, problem: Problem) -> list[Row]:
     with compiling(arch, direction.removeprefix("short_")) as rows:
         if direction in ("dq", "dkdv"):
-            o, lse = torch.empty_like(problem.v), new_lse(problem.q)
+            o = problem.q.new_empty(*problem.q.shape[:3], problem.v.shape[-1])
+            lse = new_lse(problem.q)
             launch_backward(problem, o, lse, o, lse, with_excess=False)
         elif direction == "short_forward":
-            launch_forward(problem._replace(window_size=tiles.SHORT // 2))
+            launch_forward(problem._replace(window_size=SHORT_WINDOW))
         else:
             launch_forward(problem)
     return rows
