@@ -103,6 +103,16 @@ def test_a_chain_takes_its_latencies():
     assert per_pass(*CHAIN) == pytest.approx(cycles.XU_LATENCY + 4, rel=0.01)
     free = ("MUFU.EX2 R0, R1", 1, 0), ("FADD R2, R2, R2", 4)
     assert per_pass(*free) == pytest.approx(cycles.INTERVAL["xu"], rel=0.01)
+    assert per_pass(("FADD R0, R0, R0", 13)) == pytest.approx(13, rel=0.01)
+    read = ("LDS.128 R0, [R0]", 1, 0, (0,))
+    of_rate = 4 * 512 / cycles.SHARED_BYTES
+    assert per_pass(read) == pytest.approx(of_rate + cycles.SHARED_LATENCY, rel=0.01)
+    assert per_pass(read, ctas=8) == pytest.approx(of_rate, rel=0.02)
+
+
+def test_what_never_runs_takes_a_slot_alone():
+    assert per_pass(("@!PT LDS RZ, [RZ]",)) == pytest.approx(1, rel=0.01)
+    assert per_pass(("LDS R0, [R1]",)) == pytest.approx(cycles.INTERVAL["memory"], rel=0.01)
 
 
 def test_copies_arrive_behind_the_latency_of_l2():
@@ -141,6 +151,13 @@ def test_resident_ctas_hide_latencies_until_a_pipe_is_full():
     product = (HGMMA, 1), ("WARPGROUP.DEPBAR.LE gsb0, 0x0",)
     assert per_pass(*product) >= 32 + cycles.WGMMA_LATENCY
     assert per_pass(*product, ctas=4) == pytest.approx(32, rel=0.05)
+
+
+def test_the_steady_state_is_that_of_one_of_the_resident_ctas():
+    """No matter how far apart they start, of which the mean is taken, and of how many passes."""
+    body = parse(listing(*[("FADD R0, R1, R2",)] * 600))
+    for ctas in (1, 2):
+        assert cycles.steady_cycles(body, warps=4, ctas=ctas) == pytest.approx(600, rel=0.01)
 
 
 def test_warps_of_a_cta_meet_at_its_barrier():
