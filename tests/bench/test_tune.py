@@ -1,7 +1,10 @@
 """Tuning without a GPU: candidates, their place in the table, and winners of times made up."""
 
 import json
+import re
 import runpy
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from bench import candidates, tune
 from kernels.core import tiles
 from kernels.core.tiles import Tile, Width
 
+ROOT = Path(__file__).parents[2]
 ENTRIES = [
     (arch, direction, widest)
     for arch, directions in candidates.ALTERNATIVES.items()
@@ -175,6 +179,37 @@ def test_a_tuner_checks_and_times(monkeypatch):
     assert tuner.check("dq", 64, tile).startswith("AssertionError: o: element")
     monkeypatch.setattr(tune, "attend", lambda *_, **__: 1 / 0)
     assert tuner.check("dq", 64, tile).startswith("ZeroDivisionError")
+
+
+def test_what_is_done_is_written_when_patience_ends(tmp_path, monkeypatch, hopper, capsys):
+    class Impatient(Gpu):
+        def check(self, direction, widest, tile):
+            if direction == "dkdv":
+                raise KeyboardInterrupt
+            return ""
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "machine", dict)
+    monkeypatch.setattr(tune, "Tuner", lambda arch: Impatient(SLOW, FASTER))
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "tiles.json").read_text())["rows"]
+    assert [row["direction"] for row in rows if row["wins"]] == ["forward", "short_forward", "dq"]
+    assert capsys.readouterr().out.count(" wins\n") == 3
+
+
+@pytest.mark.parametrize("parts", ["parity bench tune", "bench tune", "tune"])
+def test_parts_of_make_gpu_share_nine_minutes(parts):
+    """With ten seconds to stop in, and so many for what is started without a limit."""
+    limits = []
+    for part in parts.split():
+        command = ["make", "-n", f"gpu-{part}", f"PARTS={parts}"]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        limits += [int(n) + 10 for n in re.findall(r"timeout -s INT -k 10 (\d+)", printed.stdout)]
+        if budget := re.search(r"--budget-s (\d+)", printed.stdout):
+            assert 100 < int(budget[1]) <= limits[-1] - 40
+    assert len(limits) == len(parts.split())
+    assert 480 < sum(limits) <= 530
 
 
 def test_without_a_gpu_it_says_so(capsys, tmp_path):
