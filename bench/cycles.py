@@ -1,7 +1,8 @@
 """Predicted cycles of a tile: a model of one SM of sm_90 that steps through machine code.
 
-PREDICTED and uncalibrated: nothing here has run on a GPU, and a measurement overrules it. It ranks
-tiles of one kernel, within about 8 %; as absolute numbers its cycles are some 15 % too few.
+PREDICTED and uncalibrated: no figure of the model is fitted to a measurement, and a measurement
+overrules it. It is there to rank tiles of one kernel, which it does to about 8 %; its cycles
+themselves are some 15 % too few, and for sm_90 alone.
 
 The model is one sub-partition of an SM, with one warp of each resident warpgroup; the other three
 do the same. It issues in order, the warp that has waited longest first, as stall counts and
