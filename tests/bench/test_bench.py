@@ -113,7 +113,7 @@ def test_packed_launches_compile(tmp_path):
 RANK = """
 import json, torch
 from bench import candidates, resources
-candidates.ALTERNATIVES[90] = {"dkdv": {64: ((32, 64, 4, 3), (128, 128, 4, 3), (32, 128, 8, 2))}}
+candidates.ALTERNATIVES[90] = {"dkdv": {64: ((128, 64, 4, 3), (32, 128, 8, 2))}}
 ranked = resources.ranked_rows(90, 64, torch.bfloat16)
 rows = [(r.block_m, r.block_n, r.num_stages, r.cycles[0], bool(r.faults)) for r in ranked["dkdv"]]
 print(json.dumps(rows))
@@ -135,13 +135,10 @@ def test_candidates_are_ranked_by_predicted_cycles():
     done = python("-c", RANK, TRITON_INTERPRET="0", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    compiled = {tuple(tile) for *tile, _, _ in rows}
-    assert compiled == {(64, 64, 3), (32, 64, 3), (128, 128, 3), (32, 128, 2)}
-    assert rows[-1][:2] == [128, 128] and [faulty for *_, faulty in rows] == [False] * 3 + [True]
-    cycles = [cycles for *_, cycles, _ in rows]
-    assert cycles[:-1] == sorted(cycles[:-1])
-    if triton.__version__ == "3.7.1":  # compiled as for the table of the report
-        assert cycles[0] == 801
+    assert len(rows) == 3 and rows == sorted(rows, key=lambda row: (row[4], row[3]))
+    if triton.__version__ == "3.7.1":  # of the first, the cycles of the report
+        assert [row[:3] for row in rows] == [[64, 64, 3], [32, 128, 2], [128, 64, 3]]
+        assert rows[0][3] == 801 < rows[2][3] < rows[1][3]
 
 
 GOOD_ROW = resources.Row(
