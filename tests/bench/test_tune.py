@@ -166,8 +166,9 @@ def test_cases_reach_the_tile(direction):
 def test_a_tuner_checks_and_times(monkeypatch):
     """On the CPU, whose tiles are its own: a right op passes, a wrong or failing one is refused."""
     case = tune.AttentionCase("tiny", q_tokens=8, q_heads=1, width=16)
-    for name in ("checked_cases", "timed_cases"):
-        monkeypatch.setattr(tune, name, lambda *_: [case])
+    latent = tune.LatentCase("tiny-mla", nope=16, rope=8, v_width=16)
+    monkeypatch.setattr(tune, "checked_cases", lambda *_: [case, latent])
+    monkeypatch.setattr(tune, "timed_cases", lambda *_: [case])
     monkeypatch.setattr(tune, "ROUNDS", 1)
     tuner, tile = tune.Tuner(90, "cpu"), Tile(64, 64, 4, 3)
     assert tuner.check("dq", 64, tile) == ""
