@@ -38,7 +38,7 @@ from tests.cases import AttentionCase
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 LENGTHS, WINDOWS = (512, 2048, 8192, 16384), (None, 1024, 256)
 MOST_EAGER, MOST_MASKED, MOST_FLEX = 2048, 8192, 2048  # tokens; more take minutes or the memory
-CASE_SECONDS = 30.0  # of a case's rounds, after the first three
+CASE_SECONDS = 15.0  # of a case's rounds, after the first three
 VOCABULARY = 49_152
 Call = Callable[[], Any]
 Row = dict[str, Any]

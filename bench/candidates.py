@@ -68,6 +68,7 @@ def using(arch: int, direction: Direction, widest: int, tile: Tile) -> Iterator[
     with (
         mock.patch.dict(tiles.HALF_PRECISION, {arch: patched}),
         mock.patch.dict(tiles.BY_TRITON, {_key(arch): {}}),
+        mock.patch.object(tiles, "listed", tiles.listed.__wrapped__),  # which remembers tables
     ):
         yield
 

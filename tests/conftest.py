@@ -21,10 +21,14 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def _hasten_the_interpreter() -> None:
-    """Let it patch triton.language for each module of jit helpers, not at each of their calls."""
+    """Spare each of its calls what it does over and over.
+
+    It patches triton.language for each module of jit helpers, not at each of their calls, looks up
+    types once, and checks no integer for overflow but under `_overflow_checked`.
+    """
     from triton.runtime import interpreter
 
-    patched = set()
+    patched, types, type_of = set(), {}, interpreter._get_np_dtype
 
     def call(self, *args, **kwargs):
         if self.fn.__module__ not in patched:
@@ -32,7 +36,32 @@ def _hasten_the_interpreter() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def known_type_of(dtype):
+        name = dtype.scalar.name
+        if name not in types:
+            types[name] = type_of(dtype)
+        return types[name]
+
     interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = known_type_of
+    _check_overflow(False)
+
+
+def _check_overflow(on) -> None:
+    from triton.runtime import interpreter
+
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", on)
+
+
+@pytest.fixture
+def _overflow_checked():
+    """The interpreter refuses sums and products of integers that leave 32 bits."""
+    if torch.cuda.is_available():
+        yield
+        return
+    _check_overflow(True)
+    yield
+    _check_overflow(False)
 
 
 @pytest.fixture(autouse=True)

@@ -227,11 +227,11 @@ def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     if q.is_cpu:
         return INTERPRETER[direction]
     arch = None if q.dtype == torch.float32 or width.plain else architecture(q.device)
-    return _listed(direction, arch, width, triton.__version__)
+    return listed(direction, arch, width, triton.__version__)
 
 
 @cache
-def _listed(direction: Direction, arch: int | None, width: Width, triton_version: str) -> Tile:
+def listed(direction: Direction, arch: int | None, width: Width, triton_version: str) -> Tile:
     """The tile in the table of an architecture, or without one in `PLAIN`."""
     version = ".".join(triton_version.split(".")[:2])
     tables = PLAIN if arch is None else HALF_PRECISION[arch], BY_TRITON.get((version, arch), {})

@@ -207,7 +207,9 @@ def test_fitness_bytes_are_those_of_its_inputs_and_outputs():
 def test_from_timing_to_table(tmp_path):
     raw = tmp_path / "raw.json"
     files = [f"bench/bench_{name}.py" for name in ("attention", "decode", "genetic")]
-    done = python("-m", "pytest", "-n", "0", *files, f"--benchmark-json={raw}")
+    done = python(
+        "-m", "pytest", "-n", "0", "-p", "tests.conftest", *files, f"--benchmark-json={raw}"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert results.main(["collect", str(raw), "--output", str(tmp_path)]) == 0
     collected = json.loads((tmp_path / "no-gpu.json").read_text())

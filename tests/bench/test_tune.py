@@ -64,6 +64,7 @@ def test_a_candidate_is_used_inside_and_not_behind(arch, direction, widest, hopp
 def test_a_candidate_takes_the_place_of_one_for_a_version_of_triton(hopper, monkeypatch):
     own = {candidates._key(90): {"dq": {64: Tile(32, 32, 4, 1)}}}
     monkeypatch.setattr(tiles, "BY_TRITON", own)
+    monkeypatch.setattr(tiles, "listed", tiles.listed.__wrapped__)
     assert candidates.tiles_to_try(90, "dq", 64)[0] == chosen("dq", 64) == Tile(32, 32, 4, 1)
     with candidates.using(90, "dq", 64, Tile(16, 16, 1, 1)):
         assert chosen("dq", 64) == Tile(16, 16, 1, 1)

@@ -60,6 +60,12 @@ def test_parity(case, impl):
     assert_case_parity(case, torch.float32, impl)
 
 
+@pytest.mark.usefixtures("_overflow_checked")
+@cases("ring-late")
+def test_late_positions_stay_within_32_bits(case):
+    assert_case_parity(case, torch.float32)
+
+
 @EACH_FUSED
 @cases("smollm", "ragged", "splits", "width-40", "value-heads-8-4-2", "ring-window",
        "tokens-window", "tokens-ring-window", "sinks-window", "strided-tokens",

@@ -151,6 +151,7 @@ def test_eager_errs_no_more_than_pytorch(dtype):
     assert error <= 1.1 * peer_error
 
 
+@pytest.mark.usefixtures("_overflow_checked")
 @EACH_IMPL
 def test_a_window_of_any_size_sees_all_there_is(impl):
     case = GeneticCase("", tokens=20, heads=1, width=16)

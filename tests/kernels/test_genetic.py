@@ -435,7 +435,7 @@ def genetic_cases(draw):
     )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(genetic_cases(), st.integers(0, 2**31))
 def test_parity_beyond_the_named_cases(case, seed):
     torch.manual_seed(seed)

@@ -42,6 +42,12 @@ def test_parity(case, impl):
     assert_case_parity(case, torch.float32, impl)
 
 
+@pytest.mark.usefixtures("_overflow_checked")
+@cases("ring-late")
+def test_late_positions_stay_within_32_bits(case):
+    assert_case_parity(case, torch.float32)
+
+
 @EACH_FUSED
 @cases("smollm", "window-in-ring", "tokens-5", "kin", "width-96", "strided")
 def test_parity_in_bfloat16(case, impl):
