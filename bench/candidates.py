@@ -6,6 +6,7 @@ predicted cycles, `python -m bench.tune` by measured time.
 
 import contextlib
 from collections.abc import Iterator
+from inspect import unwrap
 from unittest import mock
 
 import triton
@@ -68,7 +69,7 @@ def using(arch: int, direction: Direction, widest: int, tile: Tile) -> Iterator[
     with (
         mock.patch.dict(tiles.HALF_PRECISION, {arch: patched}),
         mock.patch.dict(tiles.BY_TRITON, {_key(arch): {}}),
-        mock.patch.object(tiles, "listed", tiles.listed.__wrapped__),  # which remembers tables
+        mock.patch.object(tiles, "listed", unwrap(tiles.listed)),  # which remembers tables
     ):
         yield
 

@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from kernels.autocast import no_autocast, without_autocast
+from kernels.operators import ask_for_gradients
 
 
 def visible(
@@ -71,8 +72,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: RoFormer, arXiv 2104.09864.
     """
     cos, sin = cos.detach()[..., :, None, :], sin.detach()[..., :, None, :]  # over heads
-    rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return rotated
+    if ask_for_gradients(x):
+        rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+        return rotated
+    return _rotated(x, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(_accumulator(x)).chunk(2, dim=-1)
+    first, second = (
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    )
+    return torch.cat((first, second), dim=-1).to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):
@@ -81,12 +93,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        first, second = x.to(_accumulator(x)).chunk(2, dim=-1)
-        rotated = (
-            torch.addcmul(first * cos, second, sin, value=-1),
-            torch.addcmul(second * cos, first, sin),
-        )
-        return torch.cat(rotated, dim=-1).to(x.dtype)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
@@ -132,20 +139,10 @@ def attention_decode(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The newest tokens against their cache: oracle of `kernels.attention_decode`."""
-    if q.dim() == 3:
-        one = attention_decode(
-            q[:, None],
-            k_cache,
-            v_cache,
-            cache_lengths,
-            window_size=window_size,
-            scale=scale,
-            sinks=sinks,
-        )
-        return one[:, 0]
-    seen = _seen_rows(cache_lengths, q.shape[1], k_cache.shape[1], window_size)
-    o, _ = _attend(q, k_cache, v_cache, seen, scale, sinks)
-    return o
+    tokens = q if q.dim() == 4 else q[:, None]
+    seen = _seen_rows(cache_lengths, tokens.shape[1], k_cache.shape[1], window_size)
+    o, _ = _attend(tokens, k_cache, v_cache, seen, scale, sinks)
+    return o.view(*q.shape[:-1], o.shape[-1])
 
 
 def _seen_rows(lengths: Tensor, q_tokens: int, rows: int, window_size: int | None) -> Tensor:

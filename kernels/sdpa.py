@@ -248,12 +248,7 @@ def _new_output(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> 
     return q.new_empty(*q.shape[:-1], values.shape[-1])
 
 
-@operator(
-    "sdpa_decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor? q_rope, Tensor? rope_cache, "
-    "Tensor cache_lengths, Tensor? sinks, int? window_size, float scale) -> Tensor",
-    fake=_new_output,
-)
-def decode(
+def _decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor | None,
@@ -279,6 +274,20 @@ def decode(
     return torch.cat([equal(*sequence) for sequence in sequences]).view(o.shape)
 
 
+_decode_operator = operator(
+    "sdpa_decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor? q_rope, Tensor? rope_cache, "
+    "Tensor cache_lengths, Tensor? sinks, int? window_size, float scale) -> Tensor",
+    fake=_new_output,
+)(_decode)
+
+
+def decode(*arguments: Any) -> Tensor:
+    """See `_decode`; an operator, which costs as much as what it does, only where it is traced."""
+    run = _decode_operator if torch.compiler.is_compiling() else _decode
+    o: Tensor = run(*arguments)
+    return o
+
+
 def _decode_equal(
     q: Tensor,
     k_cache: Tensor,
@@ -301,15 +310,16 @@ def _decode_equal(
         q = torch.cat((q, q_rope), dim=-1)
         k = torch.cat((k, newest(rope_cache)[:, :, None]), dim=-1)
     v = k if v_cache is None else newest(v_cache)
-    if tokens == 1:  # it sees all keys, so that the heads of a group may pass for tokens
+    if tokens == 1 and count:  # it sees all keys, so that the heads of a group pass for its tokens
         grouped = rearrange(q, "b 1 (h g) d -> b g h d", h=k.shape[2])
-        o, lse = _by_blocks(*_arguments(Problem(grouped, k, v, scale=scale, causal=False)))
-        o, lse = rearrange(o, "b g h d -> b 1 (h g) d"), rearrange(lse, "b g h -> b 1 (h g)")
+        in_use = _heads_first(*_arguments(Problem(grouped, k, v))[:3])
+        o, lse = (x.flatten(1, 2)[:, None] for x in _flash(*in_use, scale=scale))
     else:
         o, lse = _by_blocks(*_arguments(Problem(q, k, v, scale=scale, window_size=window_size)))
     if sinks is not None:
         o, _ = _with_sinks(o, lse, sinks)
-    return o[..., :d_v].to(q.dtype).contiguous()
+    decoded: Tensor = o[..., :d_v].to(q.dtype).contiguous()
+    return decoded
 
 
 def _newest(cache: Tensor, length: int, count: int, in_order: bool) -> Tensor:
