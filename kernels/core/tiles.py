@@ -224,7 +224,7 @@ def is_narrow(d_qk: int, columns: int) -> bool:
 
 def choose(direction: Direction, q: Tensor, width: Width) -> Tile:
     """The tile for queries like q, in rows of a width that `kernels.checks` accepts."""
-    if q.is_cpu:
+    if q.device.type == "cpu":
         return INTERPRETER[direction]
     arch = None if q.dtype == torch.float32 or width.plain else architecture(q.device)
     return listed(direction, arch, width, triton.__version__)

@@ -58,7 +58,8 @@ class HostReads(TorchDispatchMode):
 
 @pytest.fixture
 def unread(monkeypatch):
-    """Checks look at values on a CPU alone."""
+    """As on a GPU: checks look at no value, and decoding, here the oracle's, at no length."""
+    monkeypatch.setattr(checks, "implementation", lambda *_, **__: "eager")
     for module in (checks, smollm_model):
         monkeypatch.setattr(module, "_readable", lambda x: False)
 
