@@ -79,7 +79,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(_accumulator(x)).chunk(2, dim=-1)
+    first, second = x.to(accumulator(x)).chunk(2, dim=-1)
     first, second = (
         torch.addcmul(first * cos, second, sin, value=-1),
         torch.addcmul(second * cos, first, sin),
@@ -254,7 +254,7 @@ def gene_fitness(
     seen = visible(
         position, position, window_size=window_size, q_sequence=sequence, k_sequence=sequence
     )
-    genes = g.to(_accumulator(g))
+    genes = g.to(accumulator(g))
     share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True)  # 1/n_i on the window
     total = _product(share, rearrange(torch.sigmoid(genes), "b j h d -> j (b h d)"))
     expression = total.reshape(genes.transpose(0, 1).shape).transpose(0, 1)
@@ -321,7 +321,7 @@ def gene_decode_queries(
 ) -> Tensor:
     """The queries of MGA's newest tokens, in g's type."""
     seen = _seen_rows(cache_lengths, g.shape[1], g_cache.shape[1], window_size)
-    genes = torch.sigmoid(g_cache.to(_accumulator(g)))
+    genes = torch.sigmoid(g_cache.to(accumulator(g)))
     genes = genes.masked_fill(~seen.any(dim=1)[..., None, None], 0.0)
     share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True).clamp(min=1)
     total = _product(share, rearrange(genes, "b s h d -> b s (h d)"))
@@ -340,7 +340,7 @@ def gene_keys(g: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
     Returns:
         [B, T, H, D] in g's type.
     """
-    k = torch.sigmoid(g.to(_accumulator(g)))
+    k = torch.sigmoid(g.to(accumulator(g)))
     return (k if rope is None else rotate(k, *rope)).to(g.dtype)
 
 
@@ -382,22 +382,22 @@ def _attend(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the seen keys, and its lse [B, Tq, HQ]."""
-    heads, accumulator = q.shape[2], _accumulator(q)
+    heads, precise = q.shape[2], accumulator(q)
     unseen = ~seen.any(dim=1)[..., None, None]  # by every query; 0 * nan would reach the output
     k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
-    q = rearrange(q, "b i h d -> b h i d").to(accumulator)
-    k = repeat(k, "b j h d -> b (h g) d j", g=heads // max(1, k.shape[2])).to(accumulator)
+    q = rearrange(q, "b i h d -> b h i d").to(precise)
+    k = repeat(k, "b j h d -> b (h g) d j", g=heads // max(1, k.shape[2])).to(precise)
     v = repeat(v, "b j h d -> b (h g) j d", g=heads // max(1, v.shape[2]))
     scores = _product(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
 
     # A row that sees nothing must give zeros and finite gradients, so its pivot stays finite
     # and its total is replaced before the logarithm.
-    pivot = scores.new_full((*scores.shape[:-1], 1), torch.finfo(accumulator).min)
+    pivot = scores.new_full((*scores.shape[:-1], 1), torch.finfo(precise).min)
     if scores.shape[-1]:
         pivot = torch.maximum(pivot, scores.detach().amax(dim=-1, keepdim=True))
     if sinks is not None:
-        sinks = sinks.to(accumulator)[:, None, None]  # a key of no value that every query sees
+        sinks = sinks.to(precise)[:, None, None]  # a key of no value that every query sees
         pivot = torch.maximum(pivot, sinks.detach())
     weights = torch.exp(scores - pivot)
     total = weights.sum(dim=-1, keepdim=True)
@@ -407,10 +407,11 @@ def _attend(
     total = torch.where(sees_any, total, 1.0)
     lse = torch.where(sees_any, pivot + torch.log(total), float("-inf"))
     weights, unit = weights / total, total.detach()  # a row's largest weight, times that, is 1
-    weights = (weights * unit).to(v.dtype).to(accumulator) / unit  # so that it is never rounded
-    o = _product(weights, v.to(accumulator))
+    weights = (weights * unit).to(v.dtype).to(precise) / unit  # so that it is never rounded
+    o = _product(weights, v.to(precise))
     return rearrange(o, "b h i d -> b i h d").to(v.dtype), rearrange(lse, "b h i 1 -> b i h")
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+def accumulator(x: Tensor) -> torch.dtype:
+    """The type that scores, sums and softmaxes of x are computed in: fp32 at least."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -225,7 +225,7 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
 
 def _rows(x: Tensor, columns: int) -> Tensor:
     """x in the type that it is computed in, rows dense and as wide as asked."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(reference.accumulator(x))
     if x.shape[-1] < columns:
         return F.pad(x, (0, columns - x.shape[-1]))
     is_dense = x.stride(-1) == 1 and x.stride(1) >= columns
@@ -342,7 +342,7 @@ def gene_fitness(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """gamma as `reference.gene_fitness` has it, in time linear in T."""
-    genes = torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
+    genes = torch.sigmoid(g.to(reference.accumulator(g)))
     own = genes.new_ones(1, genes.shape[1], 1, 1)
     total, population = (window_sums(x, cu_seqlens, window_size) for x in (genes, own))
     return reference.closed_form_fitness(total / population, g, e, environment=environment)
