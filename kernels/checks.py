@@ -19,6 +19,7 @@ from kernels.tensors import (
     floating,
     head_groups,
     multiple,
+    once_per_signature,
     same_device,
     shape,
     tensor,
@@ -36,6 +37,7 @@ _JOINT_COLUMNS = {256: 256, 512: 576}  # of queries and their rotary part, by th
 Window = TypeVar("Window", int, int | None)
 
 
+@once_per_signature
 def attention(
     q: Tensor,
     k: Tensor,
@@ -65,6 +67,7 @@ def attention(
     check_cu_seqlens(cu_seqlens, sizes["B"], sizes["Tq"], q.device)
 
 
+@once_per_signature
 def latent_attention(
     q_nope: Tensor,
     q_rope: Tensor | None,
@@ -93,6 +96,7 @@ def latent_attention(
     check_cu_seqlens(cu_seqlens, sizes["B"], sizes["T"], v.device)
 
 
+@once_per_signature
 def gene_fitness(
     g: Tensor,
     e: Tensor | None,
@@ -131,6 +135,7 @@ def _genes(
     return sizes
 
 
+@once_per_signature
 def genetic_attention(
     g: Tensor,
     e: Tensor | None,
@@ -149,6 +154,7 @@ def genetic_attention(
     _selection(g, selection_pressure, rope, "T D/2", sizes)
 
 
+@once_per_signature
 def genetic_decode(
     g: Tensor,
     e: Tensor | None,
@@ -196,6 +202,7 @@ def _selection(
         same_device(**{"g": g, "rope cos": rope[0], "rope sin": rope[1]})
 
 
+@once_per_signature
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -219,6 +226,7 @@ def attention_decode(
     _scale(scale)
 
 
+@once_per_signature
 def latent_decode(
     q_latent: Tensor,
     q_rope: Tensor | None,

@@ -71,7 +71,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: RoFormer, arXiv 2104.09864.
     """
-    cos, sin = cos.detach()[..., :, None, :], sin.detach()[..., :, None, :]  # over heads
+    cos, sin = (y.detach() if y.requires_grad else y for y in (cos, sin))
     if ask_for_gradients(x):
         rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
@@ -79,12 +79,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(accumulator(x)).chunk(2, dim=-1)
-    first, second = (
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-    )
-    return torch.cat((first, second), dim=-1).to(x.dtype)
+    halves = x.to(accumulator(x)).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # over heads
+    rotated = halves * cos.unsqueeze(-2)
+    (x1, x2), (y1, y2) = halves.unbind(-2), rotated.unbind(-2)
+    y1.addcmul_(x2, sin, value=-1)  # in place: new memory costs a CPU more than the sums
+    y2.addcmul_(x1, sin)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):

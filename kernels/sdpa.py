@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
 from kernels import reference
@@ -217,15 +217,20 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     if q_rope is not None and k_rope is not None:
         shared = repeat(k_rope, "b t d -> b t h d", h=k.shape[2])
         q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, shared), dim=-1)
+    return *_operands(q, k, v), *plain
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """All in the type that they are computed in, dense rows of one width, v with k's heads."""
     if v.shape[2] not in (0, k.shape[2]):
         v = v.repeat_interleave(k.shape[2] // v.shape[2], dim=2)
-    columns = max(q.shape[-1], v.shape[-1])
-    return *(_rows(x, columns) for x in (q, k, v)), *plain
+    columns, dtype = max(q.shape[-1], v.shape[-1]), reference.accumulator(q)
+    return [_rows(x, columns, dtype) for x in (q, k, v)]
 
 
-def _rows(x: Tensor, columns: int) -> Tensor:
-    """x in the type that it is computed in, rows dense and as wide as asked."""
-    x = x.to(reference.accumulator(x))
+def _rows(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    if x.dtype != dtype:
+        x = x.to(dtype)
     if x.shape[-1] < columns:
         return F.pad(x, (0, columns - x.shape[-1]))
     is_dense = x.stride(-1) == 1 and x.stride(1) >= columns
@@ -260,18 +265,29 @@ def _decode(
     scale: float,
 ) -> Tensor:
     """o of q [B, HQ, D_QK] or [B, Tq, HQ, D_QK]; without a v_cache latents are keys and values."""
-    o = _new_output(q, k_cache, v_cache)
-    if not o.numel():
-        return o
+    lengths = cache_lengths.tolist()
+    if 0 in q.shape[:-1]:
+        return _new_output(q, k_cache, v_cache)
     if q.dim() == 3:
-        q, q_rope = q[:, None], None if q_rope is None else q_rope[:, None]
-    tensors, lengths = (q, k_cache, v_cache, q_rope, rope_cache), cache_lengths.tolist()
-    equal = partial(_decode_equal, sinks=sinks, window_size=window_size, scale=scale)
-    if len(set(lengths)) == 1:
-        return equal(*tensors, lengths[0]).view(o.shape)
+        tokens = _decode(
+            q[:, None],
+            k_cache,
+            v_cache,
+            None if q_rope is None else q_rope[:, None],
+            rope_cache,
+            cache_lengths,
+            sinks,
+            window_size,
+            scale,
+        )
+        return tokens[:, 0]
+    tensors, rest = (q, k_cache, v_cache, q_rope, rope_cache), (sinks, window_size, scale)
+    if lengths.count(lengths[0]) == len(lengths):
+        return _decode_equal(lengths[0], *tensors, *rest)
     alone = ([None] * len(lengths) if x is None else torch.split(x, 1) for x in tensors)
-    sequences: Any = zip(*alone, lengths, strict=True)
-    return torch.cat([equal(*sequence) for sequence in sequences]).view(o.shape)
+    sequences: Any = zip(lengths, *alone, strict=True)
+    equal: Any = _decode_equal
+    return torch.cat([equal(*sequence, *rest) for sequence in sequences])
 
 
 _decode_operator = operator(
@@ -289,43 +305,45 @@ def decode(*arguments: Any) -> Tensor:
 
 
 def _decode_equal(
+    length: int,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor | None,
     q_rope: Tensor | None,
     rope_cache: Tensor | None,
-    length: int,
-    *,
     sinks: Tensor | None,
     window_size: int | None,
     scale: float,
 ) -> Tensor:
     """The same of sequences of one length."""
-    tokens, d_v = q.shape[1], (k_cache if v_cache is None else v_cache).shape[-1]
-    behind, _ = reference.reach(True, window_size)
+    batch, tokens, heads, _ = q.shape
+    behind, _ahead = reference.reach(True, window_size)
     count = int(min(length, k_cache.shape[1], behind + tokens))  # of keys that any query sees
-    newest = partial(_newest, length=length, count=count, in_order=tokens > 1)
-    k = newest(k_cache if v_cache is not None else k_cache[:, :, None])
+    k = _newest(k_cache if v_cache is not None else k_cache[:, :, None], length, count, tokens)
     if q_rope is not None and rope_cache is not None:
         q = torch.cat((q, q_rope), dim=-1)
-        k = torch.cat((k, newest(rope_cache)[:, :, None]), dim=-1)
-    v = k if v_cache is None else newest(v_cache)
+        k = torch.cat((k, _newest(rope_cache, length, count, tokens)[:, :, None]), dim=-1)
+    v = k if v_cache is None else _newest(v_cache, length, count, tokens)
+    o: Tensor
     if tokens == 1 and count:  # it sees all keys, so that the heads of a group pass for its tokens
-        grouped = rearrange(q, "b 1 (h g) d -> b g h d", h=k.shape[2])
-        in_use = _heads_first(*_arguments(Problem(grouped, k, v))[:3])
-        o, lse = (x.flatten(1, 2)[:, None] for x in _flash(*in_use, scale=scale))
+        grouped, *in_use = _operands(q, k, v)
+        grouped = grouped.reshape(batch, k.shape[2], heads // k.shape[2], -1)
+        o, lse = _flash(grouped, *_heads_first(*in_use), scale=scale)
+        o = o.reshape(batch, 1, heads, -1)
     else:
         o, lse = _by_blocks(*_arguments(Problem(q, k, v, scale=scale, window_size=window_size)))
     if sinks is not None:
-        o, _ = _with_sinks(o, lse, sinks)
-    decoded: Tensor = o[..., :d_v].to(q.dtype).contiguous()
-    return decoded
+        o, _ = _with_sinks(o, lse.reshape(batch, tokens, heads), sinks)
+    d_v = (k_cache if v_cache is None else v_cache).shape[-1]
+    if o.shape[-1] != d_v or o.dtype != q.dtype:
+        o = o[..., :d_v].to(q.dtype).contiguous()
+    return o
 
 
-def _newest(cache: Tensor, length: int, count: int, in_order: bool) -> Tensor:
-    """The rows of so many newest tokens of a ring."""
+def _newest(cache: Tensor, length: int, count: int, tokens: int) -> Tensor:
+    """The rows of so many newest tokens of a ring, in order for more than one new token."""
     rows = cache.shape[1]
-    if count == rows and not in_order:
+    if count == rows and tokens == 1:
         return cache
     start = (length - count) % max(rows, 1)
     if start + count <= rows:

@@ -4,14 +4,50 @@ Shapes are written as space-separated symbols, `"B T HK D_QK"`. A symbol takes i
 first tensor that carries it, and every later tensor must agree.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Check = TypeVar("Check", bound=Callable[..., None])
 Sizes = dict[str, int]
 KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = (*KERNEL_FLOATS, torch.float64)
+_MOST_SIGNATURES = 4096
+
+
+def once_per_signature(check: Check) -> Check:
+    """The check, left out where it has passed for arguments that it cannot tell from these."""
+    passed: set[Any] = set()
+
+    @functools.wraps(check)
+    def run(*arguments: Any, **named: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*arguments, **named)
+        try:
+            signature = (*named, *map(_signature, (*arguments, *named.values())))
+            if signature in passed:
+                return None
+        except TypeError:  # what has no hash is refused, or a size that is only traced
+            return check(*arguments, **named)
+        check(*arguments, **named)
+        if len(passed) == _MOST_SIGNATURES:
+            passed.clear()
+        passed.add(signature)
+        return None
+
+    return run  # type: ignore[return-value]
+
+
+def _signature(x: Any) -> Any:
+    """All that a check looks at: of floating tensors no values, of offsets on a CPU these too."""
+    if not isinstance(x, Tensor):
+        return tuple(map(_signature, x)) if isinstance(x, tuple) else (type(x), x)
+    if x.dtype == torch.int32 and x.dim() == 1 and x.device.type == "cpu":
+        return x.device, *x.tolist()
+    return x.shape, x.dtype, x.device
 
 
 def shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
@@ -21,11 +57,10 @@ def shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
         ValueError, TypeError: other sizes, or no tensor.
     """
     tensor(name, x)
-    names, actual = symbols.split(), list(x.shape)
-    agreed = [sizes.get(symbol, size) for symbol, size in zip(names, actual, strict=False)]
-    if agreed != actual or len(names) != len(actual):
+    names, actual = symbols.split(), x.shape
+    if tuple(map(sizes.get, names, actual)) != actual or len(names) != len(actual):
         known = (f"{symbol}={sizes[symbol]}" if symbol in sizes else symbol for symbol in names)
-        raise ValueError(f"{name}: expected [{', '.join(known)}], got {actual}")
+        raise ValueError(f"{name}: expected [{', '.join(known)}], got {list(actual)}")
     sizes.update(zip(names, actual, strict=True))
 
 

@@ -1,10 +1,10 @@
 """What every mechanism shares: padding, positions, the output projection, initialisation."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import check_cu_seqlens
@@ -13,6 +13,7 @@ from smollm.attention.padding import packing
 from smollm.attention.rope import Rope, rotary_tables, token_positions
 
 QKNorm = bool | Literal["rms"]
+Layer = Callable[[Tensor], Tensor]
 NORM_EPS = 1e-5
 
 
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         self.is_causal = is_causal
         self.rope_dim = rope_dim  # 0 for a mechanism that does not rotate
         self.rope_theta = rope_theta
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout_layer(dropout)
 
     def forward(
         self,
@@ -93,9 +94,7 @@ class Attention(nn.Module):
                 raise ValueError("rope: expected the tables of the tokens' positions, got None")
             rope = self.rope(token_positions(x.shape[1], cu_seqlens, device=x.device))
         heads = self.heads(x, rope, cu_seqlens, cache)
-        merged: Tensor = self.out_proj(rearrange(heads, "b t h d -> b t (h d)"))
-        dropped: Tensor = self.dropout(merged)
-        return dropped
+        return self.dropout(self.out_proj(heads.flatten(-2)))
 
     def heads(
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
@@ -156,15 +155,25 @@ def _draw(weight: Tensor, std: float, key: str) -> None:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, heads * D] -> [B, T, heads, D]."""
-    return rearrange(x, "b t (h d) -> b t h d", h=heads)
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def head_norm(qk_norm: QKNorm, width: int) -> nn.Module:
-    """The norm over a head's width that `qk_norm` names; the identity for False or no width."""
+def unchanged(x: Tensor) -> Tensor:
+    """x itself; decoding a token calls so many layers that an nn.Identity can be felt."""
+    return x
+
+
+def dropout_layer(p: float) -> Layer:
+    """Dropout, where there is any."""
+    return nn.Dropout(p) if p else unchanged
+
+
+def head_norm(qk_norm: QKNorm, width: int) -> Layer:
+    """The norm over a head's width that `qk_norm` names, which is none for False or no width."""
     if qk_norm not in (False, True, "rms"):
         raise ValueError(f"qk_norm: expected False, True or 'rms', got {qk_norm!r}")
     if not qk_norm or width == 0:
-        return nn.Identity()
+        return unchanged
     norm = nn.RMSNorm if qk_norm == "rms" else nn.LayerNorm
     return norm(width, eps=NORM_EPS)
 

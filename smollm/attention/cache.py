@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from kernels import ring_positions
@@ -17,6 +16,13 @@ class Step(NamedTuple):
     lengths: Tensor  # int32 [B], of the sequences once they are in
     longest: int  # tokens of the sequence that gains the most
     decoding: bool  # whether they continue sequences in the cache
+
+
+class Places(NamedTuple):
+    """Where a ring keeps tokens on their way into it."""
+
+    kept: Tensor | None  # which of them, if not all
+    rows: tuple[Tensor, Tensor]  # each one's sequence, and its row there
 
 
 class Cache:
@@ -50,6 +56,7 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens so far
         self._longest = 0
         self._step: Step | None = None
+        self._places: dict[int, Places] = {}  # of the step, by capacity
         capacities = (max_tokens if w is None else min(w, max_tokens) for w in windows)
         self.layers = [LayerCache(self, capacity) for capacity in capacities]
 
@@ -69,7 +76,19 @@ class Cache:
         first = lengths.cumsum(0) - lengths - self.lengths
         position = torch.arange(tokens, device=lengths.device) - first[sequence]
         self._step = Step(sequence, position, self.lengths + lengths, longest, self.in_use)
+        self._places = {}
         return self._step
+
+    def places(self, capacity: int) -> Places:
+        """Where rings of so many rows keep the announced tokens, the same in every layer."""
+        if capacity not in self._places:
+            step, kept = self.step, None
+            if step.longest > capacity:
+                oldest = step.lengths[step.sequence] - capacity
+                kept = (step.position >= oldest).nonzero()[:, 0]
+            sequence, position = (x if kept is None else x[kept] for x in step[:2])
+            self._places[capacity] = Places(kept, (sequence, position % capacity))
+        return self._places[capacity]
 
     def commit(self) -> None:
         """The announced tokens are part of their sequences now, in every layer."""
@@ -111,6 +130,7 @@ class LayerCache:
         self._rows: dict[str, Tensor] = {}
         self._waiting: dict[str, Tensor] = {}  # rows that would overwrite some still in sight
 
+    @torch.no_grad()
     def store(self, **new: Tensor) -> dict[str, Tensor]:
         """Keep the newest rows of each announced token, [B, T, ...] or packed [1, N, ...].
 
@@ -122,7 +142,7 @@ class LayerCache:
             ValueError: rows of other names, shapes or types than those of the tokens before.
         """
         step = self._owner.step
-        flat = {name: rearrange(x, "b t ... -> (b t) ...").detach() for name, x in new.items()}
+        flat = {name: x.flatten(0, 1) for name, x in new.items()}
         self._waiting = {}
         if not step.decoding:  # whatever a call that failed has left is of no sequence
             shape = len(step.lengths), self.capacity
@@ -140,14 +160,9 @@ class LayerCache:
         self._waiting = {}
 
     def _keep(self, flat: dict[str, Tensor]) -> None:
-        step = self._owner.step
-        kept: Tensor | slice = slice(None)
-        if step.longest > self.capacity:
-            oldest = step.lengths[step.sequence] - self.capacity
-            kept = (step.position >= oldest).nonzero()[:, 0]
-        sequence, row = step.sequence[kept], step.position[kept] % self.capacity
+        kept, rows = self._owner.places(self.capacity)
         for name, x in flat.items():
-            self._rows[name][sequence, row] = x[kept]
+            self._rows[name].index_put_(rows, x if kept is None else x[kept])
 
     def _joined(self, old: Tensor, new: Tensor) -> Tensor:
         """A ring for one call that holds this layer's rows and all of the new ones."""
@@ -159,12 +174,10 @@ class LayerCache:
         return ring
 
     def _check(self, flat: dict[str, Tensor]) -> None:
-        kept, given = (
-            {name: (list(x.shape[axes:]), x.dtype) for name, x in rows.items()}
-            for rows, axes in ((self._rows, 2), (flat, 1))
-        )
-        if kept != given:
-            raise ValueError(f"cache: expected rows as those it holds, {kept}, got {given}")
+        held = {name: (x.shape[2:], x.dtype) for name, x in self._rows.items()}
+        given = {name: (x.shape[1:], x.dtype) for name, x in flat.items()}
+        if held != given:
+            raise ValueError(f"cache: expected rows as those it holds, {held}, got {given}")
 
     @property
     def decoding(self) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
 from kernels import attention, attention_decode, rotate
@@ -92,7 +93,8 @@ class GroupedQueryAttention(Attention):
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.rope_dim:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            joint = rotate(torch.cat((q, k), dim=2), *rope)
+            q, k = joint.split_with_sizes((self.num_heads, self.num_kv_heads), dim=2)
         if cache is not None:
             rings = cache.store(k=k, v=v)
             if cache.decoding:

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smollm.attention.base import NORM_EPS, Attention, Linear
+from smollm.attention.base import NORM_EPS, Attention, Layer, Linear, dropout_layer, unchanged
 from smollm.attention.cache import LayerCache
 from smollm.attention.rope import Rope
 
@@ -23,19 +23,18 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(embed_dim, hidden_dim, bias=bias)
         self.up_proj = Linear(embed_dim, hidden_dim, bias=bias)
         self.down_proj = Linear(hidden_dim, embed_dim, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout_layer(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        out: Tensor = self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
-        return out
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Block(nn.Module):
     """x + post(attention(pre(x))), then x + post(mlp(pre(x))).
 
     norm_strategy "pre" (Llama) norms a branch's input, "post" (OLMo 2) its output before it
-    joins the residual, "sandwich" both; the other norms are identities.
+    joins the residual, "sandwich" both; the other norms change nothing.
     """
 
     def __init__(
@@ -47,9 +46,9 @@ class Block(nn.Module):
                 f"norm_strategy: expected one of {get_args(NormStrategy)}, got {norm_strategy!r}"
             )
 
-        def norm(*strategies: NormStrategy) -> nn.Module:
+        def norm(*strategies: NormStrategy) -> Layer:
             used = norm_strategy in strategies
-            return nn.RMSNorm(embed_dim, eps=NORM_EPS) if used else nn.Identity()
+            return nn.RMSNorm(embed_dim, eps=NORM_EPS) if used else unchanged
 
         self.attention = attention
         self.mlp = mlp
@@ -70,5 +69,4 @@ class Block(nn.Module):
             self.attention_pre_norm(x), rope=rope, cu_seqlens=cu_seqlens, cache=cache
         )
         x = x + self.attention_post_norm(branch)
-        out: Tensor = x + self.mlp_post_norm(self.mlp(self.mlp_pre_norm(x)))
-        return out
+        return x + self.mlp_post_norm(self.mlp(self.mlp_pre_norm(x)))

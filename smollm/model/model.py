@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import check_cu_seqlens
-from smollm.attention.base import NORM_EPS, Attention, Linear, initialise
+from smollm.attention.base import NORM_EPS, Attention, Linear, dropout_layer, initialise
 from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
@@ -108,7 +108,7 @@ class SmolLM(Generator):
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
             unset, freeze=False
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout_layer(dropout)
         self.layers = nn.ModuleList(
             Block(
                 copy.deepcopy(attention_module),
