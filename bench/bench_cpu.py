@@ -225,11 +225,12 @@ def twins(config: ModelConfig, vocab_size: int) -> tuple[SmolLM, nn.Module]:
 
 
 def training_step(model: nn.Module, ids: Tensor) -> Call:
-    """A whole step of optimisation on the batch."""
+    """A whole step of optimisation on the batch, of our models as `train.py` takes it."""
+    loss_alone = {"with_logits": False} if isinstance(model, SmolLM) else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        out = model(input_ids=ids, labels=ids)
+        out = model(input_ids=ids, labels=ids, **loss_alone)
         out["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

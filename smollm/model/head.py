@@ -1,13 +1,17 @@
 """What stands behind the last hidden state: the tied head, and the loss of the next token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kernels.autocast import no_autocast
 
 IGNORED = -100
+LOGITS_AT_ONCE = 2**25  # 128 MiB of fp32
 
 
 class TiedHead(nn.Module):
@@ -43,8 +47,83 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: [B, T, V].
         targets: [B, T]; -100 is no target. With no target at all the loss is 0.
     """
-    shifted = F.pad(targets[:, 1:], (0, 1), value=IGNORED).flatten()  # fewer logits are a copy
+    following = _following(targets)
     total = F.cross_entropy(
-        logits.flatten(0, 1).float(), shifted, ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), following, ignore_index=IGNORED, reduction="sum"
     )
-    return total / (shifted != IGNORED).sum().clamp(min=1)
+    return total / _count(following)
+
+
+def linear_next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`next_token_loss` of the logits hidden W^T, which never exist all at once.
+
+    Args:
+        hidden: [B, T, D]. Its gradient and the weight's are computed with the loss.
+        weight: W [V, D].
+        targets: [B, T], as there.
+    """
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with no_autocast(kind):
+        loss: Tensor = _LinearLoss.apply(  # type: ignore[no-untyped-call]
+            hidden.flatten(0, 1), weight, _following(targets)
+        )
+    return loss
+
+
+def _following(targets: Tensor) -> Tensor:
+    """The next token's target in each place, [B * T]: to leave out the last logits is a copy."""
+    return F.pad(targets[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+def _count(following: Tensor) -> Tensor:
+    return (following != IGNORED).sum().clamp(min=1)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Mean cross-entropy of x [N, D] W^T, its logits held a few rows at a time.
+
+    Source: gradients beside the loss as in Liger Kernel, arXiv 2410.10989.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, following: Tensor) -> Tensor:
+        loss, *gradients = _loss_and_gradients(x, weight, following, ctx.needs_input_grad)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = (None if y is None else y * d.to(y.dtype) for y in ctx.saved_tensors)
+        return dx, dweight, None
+
+
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, following: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    count, total = _count(following), x.new_zeros((), dtype=torch.float32)
+    dx = torch.empty_like(x) if needed[0] else None
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    for start in range(0, len(x), rows):
+        some, target = x[start : start + rows], following[start : start + rows, None]
+        ignored = target == IGNORED
+        target = target.masked_fill(ignored, 0)
+        logits = (some @ weight.t()).float()
+        logits -= logits.amax(dim=-1, keepdim=True)
+        chosen = logits.gather(1, target)
+        sums = logits.exp_().sum(dim=-1, keepdim=True)
+        total += (sums.log() - chosen).masked_fill(ignored, 0.0).sum()
+        if dx is None and dweight is None:
+            continue
+        share = (~ignored) / count  # of each row in the mean
+        logits.mul_(share / sums).scatter_add_(1, target, -share)
+        dlogits = logits.to(x.dtype)
+        if dx is not None:
+            dx[start : start + rows] = dlogits @ weight
+        if dweight is not None:
+            dweight += dlogits.t() @ some
+    return total / count, dx, None if dweight is None else dweight.to(weight.dtype)

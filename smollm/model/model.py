@@ -12,7 +12,7 @@ from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
 from smollm.model.block import Block, NormStrategy, SwiGLU
 from smollm.model.generate import Generator
-from smollm.model.head import IGNORED, TiedHead, next_token_loss
+from smollm.model.head import IGNORED, TiedHead, linear_next_token_loss, next_token_loss
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -119,7 +119,7 @@ class SmolLM(Generator):
             for _ in range(num_layers)
         )
         self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS)
-        self.lm_head = (
+        self.lm_head: TiedHead | Linear = (
             TiedHead(self.embed_tokens)
             if tie_embeddings
             else Linear(embed_dim, vocab_size, bias=False)
@@ -143,6 +143,7 @@ class SmolLM(Generator):
         *,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        with_logits: bool = True,
     ) -> dict[str, Tensor | None]:
         """Logits, and with labels the mean cross-entropy of the next token.
 
@@ -153,24 +154,32 @@ class SmolLM(Generator):
                 token of each sequence are no targets. Default none.
             cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default none.
             cache: continue the sequences that it holds, and store these tokens. Default none.
+            with_logits: False, beside labels, gives the loss alone: logits are made a few at a time
+                and their gradients with them, so that memory does not grow with T * vocab_size,
+                and there is no second derivative.
 
         Returns:
-            {"logits": [B, T, vocab_size], "loss": scalar fp32 in nats, or None}; logits at
+            {"logits": [B, T, vocab_size] or None, "loss": scalar fp32 in nats or None}; logits at
             padding are 0.
 
         Raises:
             ValueError, TypeError: wrong shapes or ids, more than max_seq_len tokens in a
                 sequence, a mask that is not padding at the ends.
         """
-        self._check_labels(labels, input_ids)
+        self._check_labels(labels, input_ids, with_logits)
         hidden, positions = self.encode(
             input_ids, attention_mask, cu_seqlens=cu_seqlens, cache=cache
         )
-        logits = self.lm_head(hidden)
+        logits = self.lm_head(hidden) if with_logits else None
         if labels is None:
             return {"logits": logits, "loss": None}
         targets = labels.long().masked_fill(positions == 0, IGNORED)
-        return {"logits": logits, "loss": next_token_loss(logits, targets)}
+        loss = (
+            linear_next_token_loss(hidden, self.lm_head.weight, targets)
+            if logits is None
+            else next_token_loss(logits, targets)
+        )
+        return {"logits": logits, "loss": loss}
 
     def encode(
         self,
@@ -253,8 +262,10 @@ class SmolLM(Generator):
         )
         return 2 * weights + 2 * pairs // seq_len
 
-    def _check_labels(self, labels: Tensor | None, input_ids: Tensor) -> None:
+    def _check_labels(self, labels: Tensor | None, input_ids: Tensor, with_logits: bool) -> None:
         if labels is None:
+            if not with_logits:
+                raise ValueError("labels: expected the input ids with with_logits=False, got None")
             return
         if labels.shape != input_ids.shape:
             raise ValueError(

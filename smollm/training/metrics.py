@@ -184,7 +184,7 @@ def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, fl
                 cu_seqlens = cu_seqlens.to(device)
             ids = ids.to(device)
             with autocast(config, device):
-                loss = model(ids, labels=ids, cu_seqlens=cu_seqlens)["loss"]
+                loss = model(ids, labels=ids, cu_seqlens=cu_seqlens, with_logits=False)["loss"]
             nats += float(loss) * len(predicted)
             targets += len(predicted)
             size += int(token_bytes[predicted].sum())

@@ -64,7 +64,7 @@ def accumulate_gradients(
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.to(device, non_blocking=True)
         with autocast(config, device):
-            mean = network(ids, labels=ids, cu_seqlens=cu_seqlens)["loss"]
+            mean = network(ids, labels=ids, cu_seqlens=cu_seqlens, with_logits=False)["loss"]
         part = mean * (here / max(1, sum(targets)))
         part.backward()
         loss += part.detach()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
+from kernels import tensors
 
 
 def z(*shape, dtype=torch.float32):
@@ -262,3 +263,39 @@ def test_every_valid_call_is_served(data):
     )
     assert o.shape == (batch, t_q, heads, v_width) and lse.shape == (batch, t_q, heads)
     assert o.isfinite().all() and not lse.isnan().any()
+
+
+def test_what_passed_once_hides_nothing_that_must_be_refused():
+    q = torch.randn(1, 4, 2, 8)
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    lengths = torch.tensor([4], dtype=torch.int32)
+    for _ in range(2):  # all of it is remembered the second time
+        kernels.attention(q, q, q, window_size=1, cu_seqlens=offsets, scale=1.0)
+        kernels.attention_decode(q, q, q, lengths)
+        with pytest.raises(TypeError, match="window_size"):
+            kernels.attention(q, q, q, window_size=True, cu_seqlens=offsets, scale=1.0)
+        with pytest.raises(TypeError, match="scale"):
+            kernels.attention(q, q, q, window_size=1, cu_seqlens=offsets, scale=True)
+        with pytest.raises(TypeError, match="causal"):
+            kernels.attention(q, q, q, causal=1, scale=1.0)
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            kernels.attention(q, q, q, window_size=1, cu_seqlens=offsets + 1, scale=1.0)
+        with pytest.raises(TypeError, match="cu_seqlens"):
+            kernels.attention(q, q, q, window_size=1, cu_seqlens=offsets.long(), scale=1.0)
+        with pytest.raises(TypeError, match="k:"):
+            kernels.attention(q, q.double(), q, window_size=1, cu_seqlens=offsets, scale=1.0)
+        with pytest.raises(ValueError, match="k:"):
+            kernels.attention(q, q[..., :4], q, window_size=1, cu_seqlens=offsets, scale=1.0)
+        with pytest.raises(ValueError, match="cache_lengths"):
+            kernels.attention_decode(q, q, q, -lengths)
+        with pytest.raises(TypeError, match="window_size"):
+            kernels.attention(q, q, q, window_size=[1], cu_seqlens=offsets, scale=1.0)
+
+
+def test_signatures_that_passed_are_kept_within_bounds(monkeypatch):
+    monkeypatch.setattr(tensors, "_MOST_SIGNATURES", 2)
+    calls = []
+    check = tensors.once_per_signature(lambda *numbers: calls.append(numbers))
+    for number in (1, 2, 1, 3, 1, True, 1.0):
+        check(number)
+    assert calls == [(1,), (2,), (3,), (1,), (True,), (1.0,)]
