@@ -2,16 +2,37 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 MOST_ROWS = 512  # of a tile, and more than any has
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch, beside the kernel's arguments
+MOST_COMPILED = 256  # launches of a kernel that are remembered
+
+
+class _Compiled(NamedTuple):
+    """What launches a kernel that a driver has compiled, and the strides to give it."""
+
+    driver: Any
+    run: Callable[..., None]
+    strides: dict[str, Any]
+
+
+class _Kernel(NamedTuple):
+    """Names of a kernel's tensors, of strides that it takes, and of the rest; what it became."""
+
+    pointers: list[str]
+    strides: dict[str, str]
+    rest: list[str]
+    in_order: Callable[[Any], Any]
+    compiled: dict[tuple[Any, ...], _Compiled]
 
 
 def launch(kernel: Any, programs: int, **arguments: Any) -> None:
@@ -21,40 +42,70 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     `x_strides`, they are filled in, that of rows as a constant; any other tensor is one that it
     takes to be contiguous. A tensor that it can not address as it is comes as a copy, which those
     that it writes, fresh ones, never need. Arguments that the kernel does not take are left out.
+    A launch like one before, of tensors at other addresses, spares the host most of its work.
     """
     if programs == 0:
         return
-    pointers, in_order = _signature(kernel)
-    for name, strides in pointers:
-        x = arguments[name]
-        if strides is None:
-            arguments[name] = x if x is None else x.contiguous()
-        elif x is None:
-            arguments[strides] = None
-        else:
-            arguments[strides] = _kernel_strides(x.shape, x.stride())
-            if arguments[strides] is None:
-                arguments[name] = x = x.contiguous()
-                arguments[strides] = _kernel_strides(x.shape, x.stride())
-    values = in_order(arguments)
-    options = {name: arguments[name] for name in OPTIONS if name in arguments}
-    x = values[0]
-    if x.is_cuda:
-        _warn_of_compiler(x.device)
+    known = _known(kernel)
+    x = arguments[known.pointers[0]]
+    key = x.get_device(), programs, *_describe(known, arguments)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        kernel[(programs,)](*values, **options, enable_fp_fusion=True)
+        compiled = known.compiled.get(key)
+        if compiled is not None and compiled.driver is driver.active:
+            compiled.run(*known.in_order(arguments | compiled.strides))
+            return
+        if x.is_cuda:
+            _warn_of_compiler(x.device)
+        fitted = _fit(known, arguments)
+        options = {name: arguments[name] for name in OPTIONS if name in arguments}
+        values = known.in_order(arguments | fitted)
+        result = kernel[(programs,)](*values, **options, enable_fp_fusion=True)
+        copied = not fitted.keys().isdisjoint(known.pointers)
+        if isinstance(result, CompiledKernel) and not (copied or x.is_meta):
+            if len(known.compiled) >= MOST_COMPILED:
+                known.compiled.clear()
+            run = result[(programs, 1, 1)]
+            known.compiled[key] = _Compiled(driver.active, run, fitted)
 
 
 @cache
-def _signature(kernel: Any) -> tuple[list[tuple[str, str | None]], Callable[[Any], Any]]:
-    """Names of its tensors, each with that of strides that it takes; what puts all in order."""
+def _known(kernel: Any) -> _Kernel:
     names = kernel.arg_names
-    strides = {name: name.replace("_ptr", "_strides") for name in names if name.endswith("_ptr")}
-    pointers = [(name, other if other in names else None) for name, other in strides.items()]
-    return pointers, itemgetter(*names)
+    pointers = [name for name in names if name.endswith("_ptr")]
+    strides = {name: name.replace("_ptr", "_strides") for name in pointers}
+    strides = {name: other for name, other in strides.items() if other in names}
+    rest = [name for name in names if name not in {*pointers, *strides.values()}]
+    return _Kernel(pointers, strides, [*rest, *OPTIONS], itemgetter(*names), {})
 
 
-@lru_cache(maxsize=4096)
+def _describe(known: _Kernel, arguments: dict[str, Any]) -> list[Any]:
+    """All that Triton compiles for, and more; tensors without strides become contiguous."""
+    description = [*map(arguments.get, known.rest)]
+    for name in known.pointers:
+        x = arguments[name]
+        if x is None:
+            description.append(None)
+            continue
+        if name in known.strides:
+            description += x.shape, x.stride()
+        else:
+            arguments[name] = x = x.contiguous()
+        description += x.dtype, x.data_ptr() % 16  # Triton asks whether 16 divides addresses
+    return description
+
+
+def _fit(known: _Kernel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The strides that a kernel takes, and copies of tensors whose own it can not take."""
+    fitted: dict[str, Any] = {}
+    for name, strides in known.strides.items():
+        x = arguments[name]
+        fitted[strides] = None if x is None else _kernel_strides(x.shape, x.stride())
+        if x is not None and fitted[strides] is None:
+            fitted[name] = x = x.contiguous()
+            fitted[strides] = _kernel_strides(x.shape, x.stride())
+    return fitted
+
+
 def _kernel_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[Any, ...] | None:
     """Strides as kernels take them, or None where they can not.
 

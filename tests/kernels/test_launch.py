@@ -7,9 +7,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 import kernels
-from kernels.core.launch import hopper_faults, launch
+from kernels.core.launch import MOST_COMPILED, hopper_faults, launch
 from kernels.core.primitives import cast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,6 +113,98 @@ def test_rows_too_far_apart_for_32_bits_are_copied(tokens, copied):
     ((_, arguments),) = recorder.launches
     assert (arguments["x_ptr"] is not x) == copied
     assert strides(arguments) == ((tokens, 1, 1, 1) if copied else x.stride())
+
+
+class Compiler(Recorder):
+    """A recorder whose launches compile, and which keeps those of what they have compiled apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = []
+
+    def __getitem__(self, grid):
+        launch, compiler = super().__getitem__(grid), self
+
+        class Compiled(CompiledKernel):
+            def __init__(self):
+                pass
+
+            def __getitem__(self, grid):
+                return lambda *values: compiler.again.append(
+                    (grid, dict(zip(compiler.arg_names, values, strict=True)))
+                )
+
+        def run(*values, **options):
+            launch(*values, **options)
+            return Compiled()
+
+        return run
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    monkeypatch.setattr(driver, "_active", object())
+    return Compiler()
+
+
+def test_a_launch_like_one_before_needs_no_compiler(compiler):
+    x, y = torch.zeros(2, 3, 4, 5), torch.zeros(6)
+    launch(compiler, 3, x_ptr=x, y_ptr=y, n=7)
+    for other, apart in [(x, y), (x + 1, y + 1), (x + 2, torch.randn(6, 2)[:, 1])]:
+        launch(compiler, 3, x_ptr=other, y_ptr=apart, n=7)
+        grid, arguments = compiler.again[-1]
+        assert grid == (3, 1, 1) and arguments["n"] == 7
+        assert arguments["x_ptr"] is other and strides(arguments) == other.stride()
+        assert torch.equal(arguments["y_ptr"], apart) and arguments["y_ptr"].is_contiguous()
+    assert len(compiler.launches) == 1 and len(compiler.again) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x_ptr": torch.zeros(2, 3, 4, 5, dtype=torch.float16)},
+        {"x_ptr": torch.zeros(121)[1:].view(2, 3, 4, 5)},
+        {"x_ptr": torch.zeros(2, 3, 4, 6)[..., :5]},
+        {"x_ptr": torch.zeros(2, 4, 3, 5).transpose(1, 2)},
+        {"x_ptr": torch.zeros(2, 3, 5)},
+        {"y_ptr": None},
+        {"y_ptr": torch.zeros(6, dtype=torch.int32)},
+        {"y_ptr": torch.zeros(7)[1:]},
+        {"n": 8},
+        {"num_warps": 8},
+        {"programs": 4},
+    ],
+    ids=["type", "address", "rows", "layout", "dimensions", "absence", "type-of-dense",
+         "address-of-dense", "number", "option", "programs"],
+)  # fmt: skip
+def test_a_launch_unlike_those_before_is_left_to_the_compiler(change, compiler):
+    given = {"programs": 3, "x_ptr": torch.zeros(2, 3, 4, 5), "y_ptr": torch.zeros(6), "n": 7}
+    for _ in range(2):
+        launch(compiler, **given)
+        launch(compiler, **given | change)
+    assert len(compiler.launches) == len(compiler.again) == 2
+
+
+def test_a_launch_of_copies_is_left_to_the_compiler(compiler):
+    for _ in range(2):
+        launch(compiler, 3, x_ptr=torch.zeros(2, 3, 4, 5).mT, y_ptr=None, n=7)
+    assert len(compiler.launches) == 2
+
+
+def test_what_another_driver_compiled_is_not_launched(compiler, monkeypatch):
+    x = torch.zeros(2, 3, 4, 5)
+    for active in (object(), object()):
+        monkeypatch.setattr(driver, "_active", active)
+        for _ in range(2):
+            launch(compiler, 3, x_ptr=x, y_ptr=None, n=7)
+    assert len(compiler.launches) == len(compiler.again) == 2
+
+
+def test_only_so_many_launches_are_remembered(compiler):
+    x = torch.zeros(2, 3, 4, 5)
+    for n in (*range(MOST_COMPILED + 1), MOST_COMPILED, 0):
+        launch(compiler, 3, x_ptr=x, y_ptr=None, n=n)
+    assert len(compiler.again) == 1 and len(compiler.launches) == MOST_COMPILED + 2
 
 
 def test_attention_over_rows_far_apart():
