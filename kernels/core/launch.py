@@ -26,7 +26,7 @@ class _Compiled(NamedTuple):
 
 
 class _Kernel(NamedTuple):
-    """Names of a kernel's tensors, of strides that it takes, and of the rest; what it became."""
+    """Names of a kernel's tensors, of the strides that it takes and of the rest; its launches."""
 
     pointers: list[str]
     strides: dict[str, str]
@@ -42,7 +42,8 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     `x_strides`, they are filled in, that of rows as a constant; any other tensor is one that it
     takes to be contiguous. A tensor that it can not address as it is comes as a copy, which those
     that it writes, fresh ones, never need. Arguments that the kernel does not take are left out.
-    A launch like one before, of tensors at other addresses, spares the host most of its work.
+    A launch like one before, of tensors at other addresses, goes to what was compiled for that one,
+    which spares the host most of its work, and Triton another look at its knobs.
     """
     if programs == 0:
         return
@@ -61,6 +62,7 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
         values = known.in_order(arguments | fitted)
         result = kernel[(programs,)](*values, **options, enable_fp_fusion=True)
         copied = not fitted.keys().isdisjoint(known.pointers)
+        # A copy holds what one call was given, and of meta tensors nothing has been launched.
         if isinstance(result, CompiledKernel) and not (copied or x.is_meta):
             if len(known.compiled) >= MOST_COMPILED:
                 known.compiled.clear()
