@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.core.problem import Problem
-from kernels.operators import operator
+from kernels.operators import ask_for_gradients, operator
 from kernels.sums import window_sums
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -201,10 +201,13 @@ def attention(
     The lse has a gradient only if asked to. With the excess, for as many queries as keys, dq leaves
     out what rounding makes of sum_j dS = 0, as far as the keys are like the query's own.
     """
-    sinks = problem.sinks
-    o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
-        with_dlse or sinks is not None, with_excess, *_arguments(problem)
-    )
+    sinks, call = problem.sinks, _arguments(problem)
+    if ask_for_gradients(*call[:3]):
+        o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
+            with_dlse or sinks is not None, with_excess, *call
+        )
+    else:
+        o, lse = _forward(*call)
     o = o[..., : problem.v.shape[-1]]
     if sinks is not None:
         o, lse = _with_sinks(o, lse, sinks)
