@@ -2,9 +2,10 @@
 
 `python -m bench.resources [--arch 90] [--width 64 64+32] [--packed | --rank] [--json FILE]`
 compiles ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills
-much, has its matrix instructions serialised, needs more shared memory than the architecture has,
-or misses wgmma on sm_90. `--width every` takes every width of rows that the kernels of attention
-are launched with, those of decode and fitness by their padded widths; leave it running.
+much, has its matrix instructions serialised or their operands written behind the fence, needs more
+shared memory than the architecture has, or misses wgmma on sm_90. `--width every` takes every width
+of rows that the kernels of attention are launched with, those of decode and fitness by their padded
+widths; leave it running.
 
 Of the matrix loops of attention on sm_90 it prints the cycles, interior / masked, that
 `bench.cycles` predicts; `--rank` orders by them the tiles of `bench.candidates`, faulty ones last.
@@ -35,6 +36,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import candidates
 from bench.cycles import tile_cycles
+from bench.ptx import unfenced_products
 from kernels.core import tiles
 from kernels.core.backward import launch_backward
 from kernels.core.decode import launch_decode
@@ -66,7 +68,7 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
 MOST_SPILLED = 64  # bytes of a thread; so few cost less than fewer programs or a smaller tile
 SHORT_WINDOW = tiles.SHORT // 2
 TIMED = "forward", "dq", "dkdv"  # kernels whose cycles are predicted
-SERIALISED = "(C7510)", "(C7511)", "(C7512)"  # ptxas on wgmma
+SERIALISED = "(C7510)", "(C7511)", "(C7512)", "(C7515)"  # ptxas on wgmma
 Widths = tuple[tuple[int, int], ...]  # of keys and values, and of keys' rotary part
 
 
@@ -104,6 +106,7 @@ class Row:
     instructions: dict[str, int]
     warnings: tuple[str, ...]
     cycles: tuple[int, int] | None = None  # predicted: 64 x 64 scores, interior and masked
+    unfenced: int = 0  # wgmma that read registers written behind their fence
 
     @property
     def faults(self) -> list[str]:
@@ -113,6 +116,8 @@ class Row:
             faults.append(f"spills {self.spill_bytes} bytes")
         if any(code in line for line in self.warnings for code in SERIALISED):
             faults.append("wgmma serialised")
+        if self.unfenced:
+            faults.append(f"{self.unfenced} wgmma unfenced")
         if self.shared_bytes > MULTIPROCESSORS[self.arch].block_shared:
             faults.append("too much shared memory")
         if self.arch == 90 and self._suits_wgmma and not self.instructions["HGMMA"]:
@@ -346,6 +351,7 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
         ctas_per_sm=_ctas_per_sm(arch, int(registers[1]), metadata.num_warps, metadata.shared),
         instructions={name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
         warnings=tuple(line for line in log.splitlines() if "(C7" in line),
+        unfenced=unfenced_products(kernel.asm["ptx"]),
     )
     if arch != 90 or row.kernel not in TIMED or row.dtype == "float32" or arguments["IS_VARLEN"]:
         return row

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from bench import costs, resources, results
+from bench.ptx import unfenced_products
 from kernels.core.primitives import padded_width
 from kernels.core.problem import even_rows
 from kernels.reference import visible
@@ -156,11 +157,24 @@ GOOD_ROW = resources.Row(
         ({"spill_bytes": 72}, "spills 72 bytes"),
         ({"warnings": ("ptxas info : (C7510) ...",)}, "wgmma serialised"),
         ({"warnings": ("ptxas info : (C7512) ...",)}, "wgmma serialised"),
+        ({"warnings": ("ptxas info : (C7515) ...",)}, "wgmma serialised"),
+        ({"unfenced": 2}, "2 wgmma unfenced"),
         ({"shared_bytes": 240_000}, "too much shared memory"),
         ({"instructions": dict.fromkeys(resources.INSTRUCTIONS, 0)}, "no wgmma"),
         ({"instructions": dict.fromkeys(resources.INSTRUCTIONS, 0), "width": "62"}, None),
     ],
-    ids=["none", "spills few", "spills", "C7510", "C7512", "shared", "wgmma", "ragged"],
+    ids=[
+        "none",
+        "spills few",
+        "spills",
+        "C7510",
+        "C7512",
+        "C7515",
+        "unfenced",
+        "shared",
+        "wgmma",
+        "ragged",
+    ],
 )
 def test_a_tile_with_a_fault_fails_the_report(change, fault, tmp_path, monkeypatch, capsys):
     row = dataclasses.replace(GOOD_ROW, **change)
@@ -173,6 +187,14 @@ def test_a_tile_with_a_fault_fails_the_report(change, fault, tmp_path, monkeypat
     assert printed.endswith(f"\n1 kernels, {1 if fault else 0} with faults\n")
     line = f"bfloat16 {row.width}: dq 64x64/4/2 150{f' {fault}' if fault else ''}"
     assert line in summary.read_text().splitlines()
+
+
+def test_products_whose_operands_are_written_behind_the_fence_are_counted():
+    fence, product = "wgmma.fence.sync.aligned;", "wgmma.mma_async.m64n8k16 {%r1}, {%r5,%r6}, %rd1;"
+    written, shared = "mov.b32 %r6, {%rs1, %rs2};", "wgmma.mma_async.m64n8k16 {%r6}, %rd2, %rd1;"
+    assert unfenced_products("\n".join((written, fence, "add.s32 %r7, %r6, 1;", product))) == 0
+    assert unfenced_products("\n".join((fence, written, product, shared, product))) == 2
+    assert unfenced_products("\n".join((fence, written, shared, fence, product))) == 0
 
 
 def test_host_times_are_of_every_op():
