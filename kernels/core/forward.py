@@ -43,7 +43,7 @@ def attend(
         k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE)
         v = k if V_IS_K else load_rows(v_matrix, start, BLOCK_N, D_V)
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
-        scores = hide_unmet(scores, float("-inf"), bounds, partners, start, BLOCK_N)
+        scores = hide_unmet(scores, float("-inf"), bounds, partners, start, BLOCK_N, True)
         weights, rescale, row_max_log2, row_sum = softmax_step(
             scores, row_max_log2, row_sum, scale_log2
         )

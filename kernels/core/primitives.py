@@ -274,20 +274,28 @@ def tile_partners(start, tokens, reach, BLOCK: tl.constexpr, IS_VARLEN: tl.const
 
 
 @triton.jit
-def meets(first, end, start, PARTNER_BLOCK: tl.constexpr):
-    """Who of [start, start + PARTNER_BLOCK) each token meets.  # [BLOCK, PARTNER_BLOCK]"""
+def meets(first, end, start, PARTNER_BLOCK: tl.constexpr, ONCE: tl.constexpr):
+    """Who of [start, start + PARTNER_BLOCK) each token meets, ONCE with one comparison a pair.
+
+    Returns [BLOCK, PARTNER_BLOCK].
+    """
     partner = start + tl.arange(0, PARTNER_BLOCK)
+    if ONCE:  # a place before the first is a huge one
+        place = partner[None, :] - first[:, None]
+        return place.to(tl.uint32) < tl.maximum(end - first, 0).to(tl.uint32)[:, None]
     return (partner[None, :] >= first[:, None]) & (partner[None, :] < end[:, None])
 
 
 @triton.jit
-def hide_unmet(x, filler, bounds, partners, start, PARTNER_BLOCK: tl.constexpr):
+def hide_unmet(
+    x, filler, bounds, partners, start, PARTNER_BLOCK: tl.constexpr, ONCE: tl.constexpr = False
+):
     """x of tokens and partners start, ..., with the filler where a token misses a partner.
 
     Tiles that all tokens meet skip the masks, so `bounds` has to be the plan for `partners`.
     """
     if (start < bounds[1]) | (start + PARTNER_BLOCK > bounds[2]):
-        x = tl.where(meets(partners[0], partners[1], start, PARTNER_BLOCK), x, filler)
+        x = tl.where(meets(partners[0], partners[1], start, PARTNER_BLOCK, ONCE), x, filler)
     return x
 
 
