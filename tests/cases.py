@@ -482,7 +482,7 @@ GENETIC_CASES = [
     ),
     # Many heads: the tolerance compares root mean squares, and the selection pressure's gradient
     # has one element a head.
-    GeneticCase("pressure", batch=2, tokens=20, heads=32, v_heads=8, width=16, window_size=15),
+    GeneticCase("pressure", tokens=20, heads=32, v_heads=8, width=16, window_size=15),
     GeneticCase("pressure-window-1", tokens=17, heads=32, width=16, window_size=1),
     GeneticCase(
         "pressure-packed",

@@ -57,23 +57,24 @@ def test_flops_are_two_products_forward_and_five_backward():
 
 
 def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
-    """On every architecture, with no GPU: no faults, and on Hopper wgmma, not serialised.
+    """With no GPU: no faults, and on Hopper wgmma, not serialised.
 
-    The Triton that the tiles were chosen with spills nothing at all.
+    `make matrix` compiles for the other architectures too. The Triton that the tiles were chosen
+    with spills nothing at all.
     """
     file = tmp_path / "resources.json"
-    flags = ["--width", "64", "--dtype", "bfloat16", "--json", file]
+    flags = ["--arch", "90", "100", "--width", "64", "--dtype", "bfloat16", "--json", file]
     done = python("-m", "bench.resources", *flags, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
     assert {(row["arch"], row["kernel"]) for row in rows} == {
-        (arch, kernel) for arch in (80, 90, 100, 120) for kernel in (*MULTIPLYING, *OTHERS)
+        (arch, kernel) for arch in (90, 100) for kernel in (*MULTIPLYING, *OTHERS)
     }
     if triton.__version__ == "3.7.1":  # whose figures bench/results/predicted-sm_90.txt has
         tiles = [(*row["cycles"], row["kernel"], row["block_m"]) for row in rows if row["cycles"]]
         assert tiles == [
-            (383, 540, "forward", 128),
-            (585, 576, "forward", 64),
+            (378, 485, "forward", 128),
+            (586, 584, "forward", 64),
             (445, 513, "dq", 128),
             (801, 976, "dkdv", 64),
         ]

@@ -331,7 +331,7 @@ def test_a_summed_output_has_a_gradient(impl):
 
 @EACH_ENVIRONMENT
 def test_opcheck(environment):
-    case = GeneticCase("", tokens=40, width=16, environment=environment, lengths=(17, 23))
+    case = GeneticCase("", tokens=20, heads=1, width=16, environment=environment, lengths=(7, 13))
     g, e, _, pressure, cu_seqlens = case.inputs(torch.float32, DEVICE).values()
     ops, arguments = torch.ops.smollm_attention, (cu_seqlens, case.window_size, environment)
     excess = torch.rand(1, case.heads, case.tokens, device=DEVICE)
@@ -361,7 +361,7 @@ def test_compiles_as_one_graph(dynamic, impl):
 
     compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for tokens in (20, 33):
-        case = GeneticCase("", tokens=tokens, heads=4, v_heads=2, width=16)
+        case = GeneticCase("", tokens=tokens, heads=2, v_heads=1, width=16)
         leaves = list(leaves_of(case.inputs(torch.float32, DEVICE)).values())
         results = []
         for call in (compiled, outputs):
@@ -408,7 +408,7 @@ def assert_fitness_at_length(tokens, window_size):
 @pytest.mark.parametrize("window_size", [8, 1000])
 def test_fitness_at_length(window_size):
     """The difference of two sums over thousands of tokens in fp32 errs more than a window's sum."""
-    assert_fitness_at_length(3000, window_size)
+    assert_fitness_at_length(1500, window_size)
 
 
 @st.composite
