@@ -53,9 +53,9 @@ def locate_program(batches, heads):
 def head_matrix(ptr, strides, batch, head, tokens):
     """One head of a [B, T, H, D] tensor: (address, stride of its rows, number of rows).
 
-    Of a tensor that is not there, None.
+    Of a tensor that is not there, (), since Triton 3.6 lets no None that is returned into a tuple.
     """
-    matrix = None
+    matrix = ()
     if ptr is not None:
         ptr += tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[2]
         matrix = ptr, strides[1], tokens
