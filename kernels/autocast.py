@@ -14,11 +14,12 @@ Result = TypeVar("Result")
 
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """A context in which nothing on this type of device is cast."""
-    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
-def _is_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device; PyTorch refuses to say so of meta."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -29,7 +30,7 @@ def without_autocast(op: Callable[Arguments, Result]) -> Callable[Arguments, Res
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor):
                 device = x.device.type
-                if not _is_on(device):
+                if not autocasts(device):
                     break
                 with torch.autocast(device, enabled=False):
                     return op(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels.autocast import no_autocast
+from kernels.autocast import autocasts, no_autocast
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # 128 MiB of fp32
@@ -63,7 +63,7 @@ def linear_next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> T
         targets: [B, T], as there.
     """
     kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with no_autocast(kind):
