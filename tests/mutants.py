@@ -85,9 +85,11 @@ MUTANTS = {
                                    "(begin, head_end)"),
     "fitness: far a token too near": (WINDOWS, "shift = -behind", "shift = 1 - behind"),
     "fitness: far gradients a token too near": (WINDOWS, "shift = behind", "shift = behind - 1"),
-    "fitness: a run past its window": (WINDOWS, "tl.minimum(begin + behind + 1, end)", "end"),
-    "fitness: a run past its sequence": (WINDOWS, "tl.minimum(begin + behind + 1, end)",
-                                         "begin + behind + 1"),
+    "fitness: the last begins too late": (WINDOWS, "run_end - 1 - behind", "run_end - 2 - behind"),
+    "fitness: a run past its window": (WINDOWS, "tl.minimum(begin + behind + 1, end), stop",
+                                       "end, stop"),
+    "fitness: a run past its sequence": (WINDOWS, "tl.minimum(begin + behind + 1, end), stop",
+                                         "begin + behind + 1, stop"),
     "fitness: a segment counted twice": (WINDOWS, "there < here", "there <= here"),
     "fitness: far summed forward": (WINDOWS, "far[part], not LOOKS_BACK", "far[part], LOOKS_BACK"),
     "fitness: every window full": (FITNESS, "population = (end - first)",
@@ -96,8 +98,9 @@ MUTANTS = {
                                 "0.0 * most_of_columns(known)"),
     "fitness: padding counted": (FITNESS, "weights = keep_columns(weights, 0.0, D_FIRST, D_SECOND)",
                                  ""),
-    "fitness: one pressure for all": (FITNESS, "scale_rows(q, tl.load(pressure_ptr + head)",
-                                      "scale_rows(q, tl.load(pressure_ptr)"),
+    "fitness: one pressure for all": (FITNESS, " + head).to(tl.float32) * scale if SELECTS else 1.0"
+                                      "\n    q, _,",
+                                      ").to(tl.float32) * scale if SELECTS else 1.0\n    q, _,"),
     "fitness: shares summed behind": (FITNESS, "False, False,", "False, True,"),
     "fitness: shares of no mean": (FITNESS, "reciprocal(commonness[part]) * one_share",
                                    "reciprocal(commonness[part])"),
@@ -108,8 +111,8 @@ MUTANTS = {
                                   "rotate(dk, cos, sin)"),
     "fitness: dk left out": (FITNESS, "dp = add_rows(dp, dk)", "dp = add_rows(dp, dp)"),
     "fitness: kin left out": (FITNESS, 'ARE_KIN=environment == "kin"', "ARE_KIN=False"),
-    "fitness: excess left in": (FITNESS, " - excess * inner_product(genes, gamma)", ""),
-    "fitness: excess of the wrong sign": (FITNESS, "- excess * inner", "+ excess * inner"),
+    "fitness: excess left in": (FITNESS, " - excess * genes[part]", ""),
+    "fitness: excess of the wrong sign": (FITNESS, "- excess * genes", "+ excess * genes"),
 }  # fmt: skip
 
 

@@ -29,8 +29,10 @@ from kernels.core.windows import (
     load_columns,
     load_halves,
     load_summed,
+    segments,
     store_halves,
     store_totals,
+    sum_all,
     sum_windows,
     tile_tokens,
     total_matrix,
@@ -117,35 +119,38 @@ def load_rotation(
 
 @triton.jit
 def closed_form(
-    commonness, logits,
+    commonness, logits, size,
     D_FIRST: tl.constexpr, D_SECOND: tl.constexpr, HAS_ENVIRONMENT: tl.constexpr,
 ):  # fmt: skip
-    """gamma = u eps / sum_D u eps, u = 1 / commonness, eps = sigmoid(logits) or, without them, 1.
+    """size u eps / sum_D u eps, u = 1 / commonness, eps = sigmoid(logits) or, without them, 1.
 
     eps is taken times exp(-c), c = min(0, max_D logits), or all of a row might underflow.
     """
     if HAS_ENVIRONMENT:
         known = keep_columns(logits, float("-inf"), D_FIRST, D_SECOND)
-        c = tl.minimum(most_of_columns(known), 0.0)
+        c_log2 = tl.minimum(most_of_columns(known), 0.0) * LOG2_E
     weights = ()
     for part in tl.static_range(len(commonness)):
         rarity = commonness[part]
         if HAS_ENVIRONMENT:
-            rarity *= tl.exp2(c * LOG2_E) + tl.exp2((c - logits[part]) * LOG2_E)
+            rarity *= tl.exp2(c_log2) + tl.exp2(c_log2 - logits[part] * LOG2_E)
         weights = weights + (reciprocal(rarity),)
     weights = keep_columns(weights, 0.0, D_FIRST, D_SECOND)
-    return scale_rows(weights, reciprocal(sum_columns(weights)))
+    return scale_rows(weights, size * reciprocal(sum_columns(weights)))
 
 
 @triton.jit
 def window_fitness(
-    g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
+    g_matrix, logits_matrix, totals, start, behind, bounds_ptr, size,
     BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
     HAS_ENVIRONMENT: tl.constexpr, IS_VARLEN: tl.constexpr, ARE_RUNS: tl.constexpr,
 ):  # fmt: skip
     """gamma, phi + 1/2, p and 1 / n of a tile, whose windows reach `behind` tokens back."""
     tokens = g_matrix[2]
-    genes = express(load_halves(g_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND))
+    logits = None
+    if HAS_ENVIRONMENT:  # on its way while the windows are summed
+        logits = load_halves(logits_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    genes = load_summed(g_matrix, start, 0, tokens, BLOCK, SEGMENTS, D_FIRST, D_SECOND, True)
     sums = sum_windows(
         g_matrix, genes, totals, start, behind, bounds_ptr,
         BLOCK, SEGMENTS, D_FIRST, D_SECOND, IS_VARLEN, ARE_RUNS, True, True,
@@ -157,11 +162,8 @@ def window_fitness(
     commonness = ()
     for part in tl.static_range(len(sums)):
         commonness = commonness + (sums[part] * share + 0.5,)
-    logits = None
-    if HAS_ENVIRONMENT:
-        logits = load_halves(logits_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
-    gamma = closed_form(commonness, logits, D_FIRST, D_SECOND, HAS_ENVIRONMENT)
-    return gamma, commonness, genes, share
+    gamma = closed_form(commonness, logits, size, D_FIRST, D_SECOND, HAS_ENVIRONMENT)
+    return gamma, commonness, genes, share, logits
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
@@ -200,12 +202,12 @@ def fitness_kernel(
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    q, _, k, _ = window_fitness(
-        g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
+    size = tl.load(pressure_ptr + head).to(tl.float32) * scale if SELECTS else 1.0
+    q, _, k, _, _ = window_fitness(
+        g_matrix, logits_matrix, totals, start, behind, bounds_ptr, size,
         BLOCK, SEGMENTS, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, ARE_RUNS,
     )  # fmt: skip
     if SELECTS:
-        q = scale_rows(q, tl.load(pressure_ptr + head).to(tl.float32) * scale)
         if IS_ROTARY:
             cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -236,24 +238,27 @@ def share_kernel(
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    gamma, commonness, genes, one_share = window_fitness(
-        g_matrix, logits_matrix, totals, start, behind, bounds_ptr,
-        BLOCK, SEGMENTS, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, ARE_RUNS,
-    )  # fmt: skip
     dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, tokens)
     dgamma = load_halves(dq_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    size = tl.load(pressure_ptr + head).to(tl.float32) * scale if SELECTS else 1.0
+    if IS_ROTARY:
+        cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
+        dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
+    gamma, commonness, genes, one_share, logits = window_fitness(
+        g_matrix, logits_matrix, totals, start, behind, bounds_ptr, 1.0,
+        BLOCK, SEGMENTS, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, ARE_RUNS,
+    )  # fmt: skip
     if SELECTS:
-        if IS_ROTARY:
-            cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
-            dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
         excess_ptr = at_row_vector(excess_ptr, batch, head, heads, tokens)
         token = tile_tokens(start, BLOCK, SEGMENTS)
         excess = tl.load(excess_ptr + token, mask=token < tokens, other=0.0)[:, :, None]
         # All scores of a row are much like its token's own, which dS of sum 0 would cancel.
-        dkappa = inner_product(dgamma, gamma) - excess * inner_product(genes, gamma)
+        dkappa = ()
+        for part in tl.static_range(len(gamma)):
+            dkappa = dkappa + ((dgamma[part] - excess * genes[part]) * gamma[part],)
         dpressure_ptr = at_row_vector(dpressure_ptr, batch, head, heads, blocks)
-        tl.store(dpressure_ptr + block, tl.sum(dkappa) * scale)
-        dgamma = scale_rows(dgamma, tl.load(pressure_ptr + head).to(tl.float32) * scale)
+        tl.store(dpressure_ptr + block, sum_all(dkappa) * scale)
+    dgamma = scale_rows(dgamma, size)
     mean = inner_product(dgamma, gamma)
     dl, share = (), ()
     for part in tl.static_range(len(gamma)):
@@ -264,7 +269,6 @@ def share_kernel(
     share_totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
     store_totals(share_totals, share, block, D_FIRST, D_SECOND)
     if HAS_ENVIRONMENT:
-        logits = load_halves(logits_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
         dlogits = ()
         for part in tl.static_range(len(dl)):
             dlogits = dlogits + (reciprocal(1.0 + tl.exp2(logits[part] * LOG2_E)) * dl[part],)
@@ -400,7 +404,7 @@ def sum_blocks(genes: Genes) -> Windows:
         "D_FIRST": width - width // 2,
         "D_SECOND": width // 2,
         "BLOCK": tile.block_m,
-        "SEGMENTS": tile.num_warps,
+        "SEGMENTS": segments(width, tile.num_warps),
         "HAS_ENVIRONMENT": has_environment,
         "IS_VARLEN": packed is not None,
         "ARE_RUNS": packed is None and genes.window_size >= tile.block_m,

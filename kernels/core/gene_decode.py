@@ -10,11 +10,17 @@ from kernels.core.primitives import (
     head_matrix,
     locate_program,
     reciprocal,
-    scale_rows,
     zero_joint_rows,
 )
 from kernels.core.problem import power_of_2, reach_behind
-from kernels.core.windows import add_rows, load_halves, load_summed, store_halves, sum_rows
+from kernels.core.windows import (
+    add_rows,
+    load_halves,
+    load_summed,
+    segments,
+    store_halves,
+    sum_rows,
+)
 
 WARPS = 4
 AVERAGED_ELEMENTS = 4096  # of half a tile
@@ -56,8 +62,8 @@ def gene_decode_kernel(
         commonness = commonness + (tl.sum(sums[part], 0)[None, None, :] * share + 0.5,)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, q_tokens)
     logits = load_halves(logits_matrix, token, 1, 1, D_FIRST, D_SECOND)
-    q = closed_form(commonness, logits, D_FIRST, D_SECOND, HAS_ENVIRONMENT)
-    q = scale_rows(q, tl.load(pressure_ptr + head).to(tl.float32) * scale)
+    size = tl.load(pressure_ptr + head).to(tl.float32) * scale
+    q = closed_form(commonness, logits, size, D_FIRST, D_SECOND, HAS_ENVIRONMENT)
     if IS_ROTARY:
         table = tl.cast(batch, tl.int64) * q_tokens * D_FIRST
         cos, sin = load_rotation(cos_ptr + table, sin_ptr + table, token, q_tokens, 1, 1, D_FIRST)
@@ -100,7 +106,7 @@ def launch_gene_decode(
         D_FIRST=width - width // 2,
         D_SECOND=width // 2,
         BLOCK=AVERAGED_ELEMENTS // columns,
-        SEGMENTS=WARPS,
+        SEGMENTS=segments(width, WARPS),
         HAS_ENVIRONMENT=environment != "none",
         IS_ROTARY=cos is not None,
         num_warps=WARPS,

@@ -1,19 +1,20 @@
 """Sums over the window of each token, of rows of any width in two halves.
 
-A tile of tokens is [ROWS, SEGMENTS, WIDTH]: a segment of ROWS successive tokens for each warp, of
-which a thread holds whole columns, so that only the totals of segments ever travel between threads.
+A tile of tokens is [ROWS, SEGMENTS, WIDTH]: a segment is ROWS successive tokens, of which a thread
+holds whole columns, so that only the totals of segments ever travel between threads.
 
 The windows of a run of tokens, of one sequence and no more of them than a window holds, have three
 parts, drawn for four tokens that look nine back:
 
-    token 0  x x x x | x x x x x | x
-    token 1    x x x | x x x x x | x x
-    token 2      x x | x x x x x | x x x
-    token 3        x | x x x x x | x x x x
-              far       between    near
+    token 0  x x x | x x x x x x | x
+    token 1    x x | x x x x x x | x x
+    token 2      x | x x x x x x | x x x
+    token 3        | x x x x x x | x x x x
+              far      between     near
 
 Near are sums that run forward over the run itself, far those that run backward over the tokens that
-lie nine before it. All see what is between, totals of whole tiles and rows that fill none.
+lie nine before it. All see what is between, totals of whole tiles and rows that fill none; windows
+of whole tiles leave no such rows.
 
 One that looks ahead, as gradients do, is the mirror image. Nothing is ever subtracted, so no token
 outside a window changes a bit of its sum.
@@ -29,9 +30,19 @@ from kernels.core.primitives import (
     main_width,
     padded_width,
     reciprocal,
+    rounded,
     sequence_of,
     zero_joint_rows,
 )
+
+COLUMNS_OF_LANE = tl.constexpr(2)  # adjacent ones, so that 32 columns leave a warp a second row
+
+
+def segments(width: int, warps: int) -> int:
+    """Segments of a tile of so many warps: as many as these hold rows of half the width."""
+    columns = min(main_width(width - width // 2), 32 * COLUMNS_OF_LANE.value)
+    return warps * 32 * COLUMNS_OF_LANE.value // columns
+
 
 # Rows are two halves, which a rotation mixes, each in one or two tiles side by side.
 
@@ -58,12 +69,12 @@ def tile_place(
 ):  # fmt: skip
     """Addresses of a tile, and which of its elements are in rows that are kept and in a column.
 
-    A column that is said to have no neighbours gets a thread of its own, whose rows then are at
+    Columns that are said to have few neighbours get a thread of their own, whose rows then are at
     constant distances.
     """
     ROWS: tl.constexpr = BLOCK // SEGMENTS
     ptr, stride, _ = matrix
-    lane = tl.max_contiguous(tl.arange(0, WIDTH), 1)[None, None, :]
+    lane = tl.max_contiguous(tl.arange(0, WIDTH), COLUMNS_OF_LANE)[None, None, :]
     segment = tl.arange(0, SEGMENTS)[None, :, None] * ROWS
     ptr += tl.cast(start, tl.int64) * stride + column
     place = (ptr + (segment * stride + lane)) + tl.arange(0, ROWS)[:, None, None] * stride
@@ -181,6 +192,18 @@ def sum_rows(rows):
 
 
 @triton.jit
+def sum_all(rows):
+    """The sum of all elements of all tiles, which may be products."""
+    elements, total = rows[0], 0.0
+    for part in tl.static_range(1, len(rows)):
+        if rows[part].shape[2] == elements.shape[2]:  # one sum over lanes for both
+            elements += rows[part]
+        else:
+            total += tl.sum(rounded(rows[part]))
+    return total + tl.sum(rounded(elements))
+
+
+@triton.jit
 def add_rows(a, b):
     """a + b, tile by tile."""
     result = ()
@@ -239,15 +262,24 @@ def running_sum(rows, FORWARD: tl.constexpr):
 
 
 @triton.jit
+def end_row(rows, FIRST: tl.constexpr):
+    """Each segment's first row or last.  # [SEGMENTS, WIDTH]"""
+    ROWS: tl.constexpr = rows.shape[0]
+    END: tl.constexpr = 0 if FIRST else ROWS - 1
+    row = tl.arange(0, ROWS)[:, None, None]
+    return tl.sum(tl.where(row == END, rows, -0.0), 0)  # + -0 is nothing, also to the compiler
+
+
+@triton.jit
 def sum_others(before, after, between, SEGMENTS: tl.constexpr):
     """For each segment the sum of `before` of those before it, `after` of those behind, and all of
     `between`.  # [SEGMENTS, WIDTH]
     """
     segment = tl.arange(0, SEGMENTS)
-    here, there = segment[:, None, None], segment[None, :, None]
-    others = tl.where(there < here, before[None], tl.where(there > here, after[None], 0.0))
-    sums = tl.sum(others + between[None], 1)
-    return tl.sum(tl.where(here == there, sums[:, None], 0.0), 0)  # each keeps its own
+    there, here = segment[:, None, None], segment[None, :, None]
+    before, after = (before + between)[:, None, :], (after + between)[:, None, :]
+    others = tl.where(there < here, before, tl.where(there > here, after, 0.0))
+    return tl.sum(others, 0) + between
 
 
 @triton.jit
@@ -256,19 +288,21 @@ def sum_run(
     BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
     ARE_GENES: tl.constexpr, LOOKS_BACK: tl.constexpr,
 ):  # fmt: skip
-    """`sums`, with those of the windows of a run [begin, run_end) of the sequence [first, end)."""
+    """`sums`, if there are any, with those of a run [begin, run_end) of a sequence [first, end)."""
     if LOOKS_BACK:
         shift = -behind
-        split = tl.maximum(tl.minimum(run_end - behind, begin), first)
+        split = tl.maximum(run_end - 1 - behind, first)
         far_begin, far_end = tl.maximum(begin - behind, first), split
         between_begin, between_end = split, begin
     else:
         shift = behind
-        split = tl.minimum(tl.maximum(begin + behind, run_end), end)
+        split = tl.minimum(begin + behind + 1, end)
         far_begin, far_end = split, tl.minimum(run_end + behind, end)
         between_begin, between_end = run_end, split
     in_run = lie_between(start, begin, run_end, BLOCK, SEGMENTS)
-    near = keep_rows(own, in_run)
+    near = own
+    if sums is not None:
+        near = keep_rows(own, in_run)
     far = load_summed(
         matrix, start + shift, far_begin, far_end, BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES
     )
@@ -276,18 +310,19 @@ def sum_run(
         matrix, totals, between_begin, between_end,
         BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES,
     )  # fmt: skip
-    near_totals, far_totals = sum_rows(near), sum_rows(far)
     result = ()
     for part in tl.static_range(len(own)):
-        if LOOKS_BACK:
-            before, after = near_totals[part], far_totals[part]
-        else:
-            before, after = far_totals[part], near_totals[part]
-        others = sum_others(before, after, between[part], SEGMENTS)
         near_sums = running_sum(near[part], LOOKS_BACK)
         far_sums = running_sum(far[part], not LOOKS_BACK)
-        window = near_sums + far_sums + others[None]
-        result = result + (tl.where(in_run, window, sums[part]),)
+        if LOOKS_BACK:
+            before, after = end_row(near_sums, False), end_row(far_sums, True)
+        else:
+            before, after = end_row(far_sums, False), end_row(near_sums, True)
+        window = near_sums + far_sums
+        window += sum_others(before, after, between[part], SEGMENTS)[None]
+        if sums is not None:
+            window = tl.where(in_run, window, sums[part])
+        result = result + (window,)
     return result
 
 
@@ -312,7 +347,7 @@ def sum_windows(
     stop = tl.minimum(start + BLOCK, tokens)
     if ARE_RUNS:
         sums = sum_run(
-            own, matrix, own, totals, start, start, stop, 0, tokens, behind,
+            None, matrix, own, totals, start, start, stop, 0, tokens, behind,
             BLOCK, SEGMENTS, D_FIRST, D_SECOND, ARE_GENES, LOOKS_BACK,
         )  # fmt: skip
     else:
