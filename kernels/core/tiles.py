@@ -77,7 +77,7 @@ SMALL_SHORT_DECODE = roomy(  # in 100 KB of shared memory
         576: Tile(16, 16, 4, 3),
     }
 )
-FITNESS = {64: Tile(32, 32, 4, 1, 128), 256: Tile(16, 16, 4, 1)}
+FITNESS = {64: Tile(32, 32, 4, 1, 255), 256: Tile(16, 16, 4, 1)}
 HALF_PRECISION: dict[int, Table] = {  # by architecture
     80: {
         "forward": {
@@ -96,7 +96,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         },
         "decode": DECODE,
         "short_decode": SHORT_DECODE,
-        "fitness": FITNESS,
+        "fitness": FITNESS | {64: Tile(32, 32, 4, 1, 128)},
     },
     90: {
         "forward": {
@@ -120,7 +120,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         },
         "decode": DECODE,
         "short_decode": SHORT_DECODE,
-        "fitness": FITNESS,
+        "fitness": FITNESS | {64: Tile(32, 32, 4, 1, 128)},
     },
     100: {
         "forward": {
@@ -138,7 +138,7 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
         "dkdv": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 2)},
         "decode": DECODE,
         "short_decode": SHORT_DECODE,
-        "fitness": FITNESS | {64: Tile(32, 32, 4, 1, 255)},
+        "fitness": FITNESS,
     },
     120: {
         "forward": {
