@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """A context in which nothing on this type of device is cast."""
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
 
 
-def autocasts(device: str) -> bool:
+def _is_on(device: str) -> bool:
     """Whether autocast is on for this type of device; PyTorch refuses to say so of meta."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
@@ -30,7 +30,7 @@ def without_autocast(op: Callable[Arguments, Result]) -> Callable[Arguments, Res
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor):
                 device = x.device.type
-                if not autocasts(device):
+                if not _is_on(device):
                     break
                 with torch.autocast(device, enabled=False):
                     return op(*args, **kwargs)

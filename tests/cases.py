@@ -483,15 +483,15 @@ GENETIC_CASES = [
     # Many heads: the tolerance compares root mean squares, and the selection pressure's gradient
     # has one element a head.
     GeneticCase("pressure", tokens=20, heads=32, v_heads=8, width=16, window_size=15),
-    GeneticCase("pressure-window-1", tokens=17, heads=32, width=16, window_size=1),
+    GeneticCase("pressure-window-1", tokens=17, heads=16, width=16, window_size=1),
     GeneticCase(
         "pressure-packed",
-        tokens=80,
+        tokens=48,
         heads=32,
         width=16,
         environment="kin",
         rotary=False,
-        lengths=(66, 1, 13),
+        lengths=(34, 1, 13),
     ),
 ]
 

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels.autocast import autocasts, no_autocast
-
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # 128 MiB of fp32
 
@@ -62,15 +60,12 @@ def linear_next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> T
         weight: W [V, D].
         targets: [B, T], as there.
     """
-    kind = hidden.device.type
-    if autocasts(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with no_autocast(kind):
-        loss: Tensor = _LinearLoss.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, 1), weight, _following(targets)
-        )
-    return loss
+    x, following, kind = hidden.flatten(0, 1), _following(targets), hidden.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return _linear_loss(x, weight, following)
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return _linear_loss(x.to(dtype), weight.to(dtype), following)
 
 
 def _following(targets: Tensor) -> Tensor:
@@ -99,6 +94,11 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = (None if y is None else y * d.to(y.dtype) for y in ctx.saved_tensors)
         return dx, dweight, None
+
+
+def _linear_loss(x: Tensor, weight: Tensor, following: Tensor) -> Tensor:
+    loss: Tensor = _LinearLoss.apply(x, weight, following)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def _loss_and_gradients(
