@@ -126,6 +126,8 @@ class Compiler(Recorder):
         launch, compiler = super().__getitem__(grid), self
 
         class Compiled(CompiledKernel):
+            module = None  # to unload
+
             def __init__(self):
                 pass
 
