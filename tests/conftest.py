@@ -11,6 +11,7 @@ def pytest_configure() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     if not torch.cuda.is_available():
         _hasten_the_interpreter()
+        _let_numbers_be_bounds_of_loops()
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -45,6 +46,19 @@ def _hasten_the_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = known_type_of
     _check_overflow(False)
+
+
+def _let_numbers_be_bounds_of_loops() -> None:
+    """Triton 3.6 keeps them in arrays with a dimension, which NumPy 2.4 makes no integers of."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _check_overflow(on) -> None:
