@@ -97,6 +97,8 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _linear_loss(x: Tensor, weight: Tensor, following: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _loss_and_gradients(x, weight, following, (False, False))[0]
     loss: Tensor = _LinearLoss.apply(x, weight, following)  # type: ignore[no-untyped-call]
     return loss
 

@@ -88,6 +88,16 @@ def test_memory_does_not_grow_with_the_logits(monkeypatch):
     assert peak_bytes(step(linear_next_token_loss)) < logits / 4
 
 
+def test_a_loss_alone_holds_no_gradient(monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 4096)
+    hidden = torch.randn(1, 16, 32, requires_grad=True)
+    weight = torch.randn(4096, 32, requires_grad=True)
+    targets = torch.randint(4096, (1, 16))
+    with torch.no_grad():
+        held = peak_bytes(lambda: linear_next_token_loss(hidden, weight, targets))
+    assert held < weight.numel() * 4 / 2
+
+
 def test_it_is_one_graph():
     torch.compiler.reset()
     arguments = problem()
