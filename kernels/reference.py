@@ -85,7 +85,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (x1, x2), (y1, y2) = halves.unbind(-2), rotated.unbind(-2)
     y1.addcmul_(x2, sin, value=-1)  # in place: new memory costs a CPU more than the sums
     y2.addcmul_(x1, sin)
-    return rotated.flatten(-2).to(x.dtype)
+    rotated = rotated.flatten(-2)
+    # A cast to its own type would lose the gradient where PyTorch 2.11 compiles this.
+    return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):
