@@ -182,7 +182,7 @@ BY_TRITON: dict[tuple[str, int | None], Table] = {
     ("3.6", 90): {"dkdv": {64: Tile(32, 64, 4, 3)}, "fitness": SMALL_FITNESS},
     ("3.6", 100): {"dkdv": {64: Tile(32, 64, 4, 2)}, "fitness": SMALL_FITNESS},
     ("3.6", 120): {"dkdv": {64: Tile(32, 64, 4, 2)}, "fitness": SMALL_FITNESS},
-    ("3.9", 90): {"dq": {64: Tile(64, 64, 4, 3)}},
+    ("3.9", 90): {"short_forward": {64: Tile(64, 64, 4, 3)}, "dq": {64: Tile(64, 64, 4, 3)}},
 }
 INTERPRETER: dict[Direction, Tile] = {
     "forward": Tile(64, 32, 4, 1),
