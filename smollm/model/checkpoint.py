@@ -31,6 +31,15 @@ def save_model(
         "vocab_size": model.vocab_size,
         "state_dict": model.state_dict(),
     }
+    write_tensors(path, content)
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values for `torch.load(path, weights_only=True)`, atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except RuntimeError as error:  # torch's own, raised over the file's

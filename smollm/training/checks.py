@@ -16,11 +16,12 @@ def check_config(config: Config, vocab_size: int) -> None:
         ValueError: naming the field, what was expected and what came.
     """
     train, model = config.train, config.model
-    for options in (train, model, *model.mechanisms.values()):
+    for options in (config, train, model, *model.mechanisms.values()):
         for name, allowed in ranges(type(options)).items():
-            value = getattr(options, name)
-            if value is not None and not allowed.holds(value):
-                raise ValueError(f"{name}: expected in {allowed}, got {value}")
+            given = getattr(options, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and not allowed.holds(value):
+                    raise ValueError(f"{name}: expected in {allowed}, got {value}")
     if train.seq_len > model.max_seq_len:
         raise ValueError(
             f"seq_len: expected at most max_seq_len={model.max_seq_len}, got {train.seq_len}"
@@ -44,6 +45,8 @@ def check_config(config: Config, vocab_size: int) -> None:
         )
     if not config.mechanisms or len(set(config.mechanisms)) < len(config.mechanisms):
         raise ValueError(f"variants: expected distinct mechanisms, got {config.mechanisms}")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"seeds: expected distinct ones, got {config.seeds}")
     shape = replace(model, num_layers=1)
     with torch.device("meta"):
         for mechanism in config.mechanisms:

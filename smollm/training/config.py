@@ -72,6 +72,10 @@ class TrainConfig:
     """Steps between validations; one always ends a run."""
     val_tokens: Annotated[int, Range(1, LARGEST)] = 262_144
     """At most so many tokens of held-out documents are validated on."""
+    save_every: Annotated[int, Range(1, LARGEST)] = 500
+    """Steps between checkpoints, from which --resume goes on; an interrupt saves one too."""
+    keep_checkpoints: Annotated[int, Range(1, LARGEST)] = 2
+    """Checkpoints that a run keeps until it has finished, the latest ones."""
     generate_tokens: Annotated[int, Range(0, LARGEST)] = 128
     """Tokens generated after training, to measure speed and show a sample."""
 
@@ -87,10 +91,20 @@ class Config:
     """Mechanisms to train, in this order."""
     only_mga: bool = False
     """Short for --variants mga."""
+    seeds: Annotated[tuple[int, ...], Range(0, 2**63 - 1)] = ()
+    """Train every variant once with each of these seeds; only with --seed by default."""
+    grid: tuple[str, ...] = ()
+    """Train every variant at all combinations of these fields, each FIELD=VALUE,VALUE..., for
+    example lr=1e-3,3e-3 window_size=64,256."""
+    override: tuple[str, ...] = ()
+    """Fields of one variant alone, each VARIANT.FIELD=VALUE, for example mga.lr=2e-3."""
     output_dir: Path = Path("ablation_results")
     """Folder of the results; one that holds an earlier study's is refused."""
     overwrite: bool = False
     """Replace an earlier study's files in output_dir; other files there stay."""
+    resume: Path | None = None
+    """Go on with the study in this folder: finished runs stay, others continue from their newest
+    checkpoint. The other flags' defaults are that study's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -125,6 +139,7 @@ PRESETS: dict[Preset, Config] = {
             log_every=5,
             val_every=40,
             val_tokens=16_384,
+            save_every=40,
             generate_tokens=64,
         ),
     ),

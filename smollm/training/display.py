@@ -33,10 +33,16 @@ class RunDisplay:
             facts.append(f"{run.peak_memory_bytes / 2**20:,.0f} MiB")
         self._progress.update(self._task, completed=run.steps, facts="  ".join(facts))
         if record.val_loss is not None:
-            self._progress.console.print(
-                f"{run.title:4} step {record.step:>6,}  train {record.loss:.3f}  "
+            self.say(
+                f"step {record.step:>6,}  train {record.loss:.3f}  "
                 f"validation {record.val_loss:.3f}  {record.bits_per_byte:.3f} bits/byte"
             )
+
+    def say(self, text: str) -> None:
+        """Print a line above the display, where it stays."""
+        self._progress.console.print(
+            f"{self._run.title:4} {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Stop the line's clock."""

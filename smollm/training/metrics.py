@@ -4,7 +4,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from smollm.attention.rope import token_positions
-from smollm.data import Corpus, document_boundaries
+from smollm.data import Corpus
 from smollm.files import json_text
 from smollm.model import SmolLM
 from smollm.model.generate import evaluation_mode
 from smollm.training.config import TrainConfig
+from smollm.training.loader import Batch
 from smollm.training.record import Record
 
 # Dense bf16 FLOP/s by the vendors' datasheets, for MFU.
@@ -26,10 +27,17 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "
 
 
 class MetricsLog:
-    """A JSON-lines file, one record a line, flushed at once."""
+    """A JSON-lines file, one record a line, flushed at once.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: what stands there is replaced.
+        records: the first ones.
+    """
+
+    def __init__(self, path: Path, records: Sequence[Record] = ()) -> None:
         self._file: TextIO = path.open("w")
+        for record in records:
+            self.write(record)
 
     def write(self, record: Record) -> None:
         """Append one record; every line has the same keys, and null where nothing was measured."""
@@ -50,6 +58,8 @@ class PeakMemory:
     without pages of files: the first run touches most of the libraries' code.
     """
 
+    earlier: int | None = None  # the peak of a process before, which this one continues
+
     def __init__(self, device: torch.device) -> None:
         gc.collect()
         self._device = device
@@ -63,6 +73,10 @@ class PeakMemory:
 
     def bytes(self) -> int | None:
         """The peak so far; None where it cannot be measured."""
+        now = self._now()
+        return now if self.earlier is None or now is None else max(self.earlier, now)
+
+    def _now(self) -> int | None:
         if self._before is None:
             return None
         if self._device.type == "cuda":
@@ -132,18 +146,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
 
 
-def batch_arguments(ids: Tensor, eos_id: int, document_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """input_ids and cu_seqlens of a batch [B, T]; with a document mask packed into [1, B * T]."""
-    if not document_mask:
-        return ids, None
-    return ids.view(1, -1), document_boundaries(ids, eos_id)
-
-
-def num_targets(ids: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Targets in a batch of `batch_arguments`: all tokens but the first of each sequence."""
-    return ids.numel() - (len(ids) if cu_seqlens is None else len(cu_seqlens) - 1)
-
-
 def check_targets(corpus: Corpus, config: TrainConfig) -> None:
     """Refuse a corpus whose windows have nothing to predict.
 
@@ -151,13 +153,11 @@ def check_targets(corpus: Corpus, config: TrainConfig) -> None:
         ValueError: naming the split.
     """
     size = corpus.token_bytes
-    if not any(bool(size[predicted].any()) for _, _, predicted in _held_out(corpus, config)):
+    if not any(bool(size[predicted].any()) for _, predicted in _held_out(corpus, config)):
         raise ValueError(_no_targets(corpus, config))
-    batches = (
-        batch_arguments(ids, corpus.eos_id, config.document_mask)
-        for ids in corpus.train.sequential(config.batch_size, config.seq_len)
-    )
-    if not any(num_targets(*batch) for batch in batches):
+    windows = corpus.train.sequential(config.batch_size, config.seq_len)
+    batches = (Batch.of(ids, corpus.eos_id, config.document_mask) for ids in windows)
+    if not any(batch.num_targets for batch in batches):
         raise ValueError(
             f"document_mask: expected documents of 2 tokens or more in {corpus.name}'s train "
             "split, got none"
@@ -179,10 +179,8 @@ def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, fl
     token_bytes = corpus.token_bytes
     nats, targets, size = 0.0, 0, 0
     with evaluation_mode(model):
-        for ids, cu_seqlens, predicted in _held_out(corpus, config):
-            if cu_seqlens is not None:
-                cu_seqlens = cu_seqlens.to(device)
-            ids = ids.to(device)
+        for batch, predicted in _held_out(corpus, config):
+            ids, cu_seqlens = batch.to(device)
             with autocast(config, device):
                 loss = model(ids, labels=ids, cu_seqlens=cu_seqlens, with_logits=False)["loss"]
             nats += float(loss) * len(predicted)
@@ -198,14 +196,12 @@ def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, fl
     }
 
 
-def _held_out(
-    corpus: Corpus, config: TrainConfig
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """input_ids, cu_seqlens and the predicted ids [N] of each batch that is validated on."""
+def _held_out(corpus: Corpus, config: TrainConfig) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch that is validated on, and the predicted ids [N] of it."""
     most = config.val_tokens // config.seq_len
-    for batch in corpus.val.spread(config.batch_size, config.seq_len, most):
-        ids, cu_seqlens = batch_arguments(batch, corpus.eos_id, config.document_mask)
-        yield ids, cu_seqlens, ids[token_positions(ids.shape[1], cu_seqlens).expand_as(ids) > 0]
+    for windows in corpus.val.spread(config.batch_size, config.seq_len, most):
+        ids, cu_seqlens = batch = Batch.of(windows, corpus.eos_id, config.document_mask)
+        yield batch, ids[token_positions(ids.shape[1], cu_seqlens).expand_as(ids) > 0]
 
 
 def _no_targets(corpus: Corpus, config: TrainConfig) -> str:

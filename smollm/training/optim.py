@@ -8,7 +8,8 @@ from torch import Tensor
 
 from smollm.model import SmolLM
 from smollm.training.config import TrainConfig
-from smollm.training.metrics import autocast, batch_arguments, num_targets
+from smollm.training.loader import Batch
+from smollm.training.metrics import autocast
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -39,33 +40,28 @@ def make_optimizer(model: SmolLM, config: TrainConfig) -> torch.optim.AdamW:
 
 def accumulate_gradients(
     network: Callable[..., dict[str, Any]],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     config: TrainConfig,
-    eos_id: int,
     device: torch.device,
 ) -> Tensor:
     """Add the gradients of a step's loss: the nats of all its targets over their number.
 
     Args:
         network: the model, or what torch.compile made of it.
-        batches: the step's micro-batches, each int64 [batch_size, seq_len] on the CPU.
+        batches: the step's micro-batches.
         config: of the run.
-        eos_id: the token that ends a document.
         device: the network's.
 
     Returns:
         The loss, fp32 in nats per target, on device; the same however batches divide the step.
     """
-    inputs = [batch_arguments(ids, eos_id, config.document_mask) for ids in batches]
-    targets = [num_targets(ids, cu_seqlens) for ids, cu_seqlens in inputs]
+    targets = sum(batch.num_targets for batch in batches)
     loss = torch.zeros((), device=device)
-    for (ids, cu_seqlens), here in zip(inputs, targets, strict=True):
-        ids = ids.to(device, non_blocking=True)
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    for batch in batches:
+        ids, cu_seqlens = batch.to(device)
         with autocast(config, device):
             mean = network(ids, labels=ids, cu_seqlens=cu_seqlens, with_logits=False)["loss"]
-        part = mean * (here / max(1, sum(targets)))
+        part = mean * (batch.num_targets / max(1, targets))
         part.backward()
         loss += part.detach()
     return loss

@@ -4,7 +4,7 @@ import math
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from smollm.attention import MECHANISMS
 
@@ -23,6 +23,11 @@ class Record:
     perplexity: float | None = None
     bits_per_byte: float | None = None
 
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Self:
+        """The record of these plain values."""
+        return cls(**_not_finite(plain))
+
     @property
     def finite(self) -> bool:
         """Whether every measured number is."""
@@ -31,10 +36,17 @@ class Record:
 
 @dataclass
 class Run:
-    """What a run has measured so far; None where it did not come to that."""
+    """What a run has measured so far; None where it did not come to that.
+
+    Its plain values continue it: `Run.of` takes back what `plain` gave.
+    """
 
     mechanism: str
     device: str  # "cpu" or "cuda"
+    name: str = ""  # of its files; the mechanism's by default
+    point: dict[str, str] = field(default_factory=dict)  # what a grid varies
+    seed: int | None = None  # where a study has several
+    config: dict[str, Any] | None = None  # all that its result depends on, by name
     parameters: int | None = None
     flops_per_token: int | None = None  # forward and backward
     status: str = "running"  # then "finished", "interrupted", "diverged" or "failed"
@@ -42,11 +54,16 @@ class Run:
     traceback: str | None = None  # where it failed
     steps: int = 0  # that were taken
     tokens: int = 0
+    loss: float = math.nan  # of the last step that was read, in nats per token
+    gradient_norm: float = math.nan  # of that step
     train_loss: float | None = None  # mean of the records of the last tenth
     val_loss: float | None = None  # nats per token
     perplexity: float | None = None
     bits_per_byte: float | None = None
     tokens_per_second: float | None = None
+    timed_steps: int = 0  # behind tokens_per_second: no first steps, validations, checkpoints
+    timed_seconds: float = 0.0
+    loader_seconds: float = 0.0  # of all steps, waited for their batches
     mfu: float | None = None  # of the GPU's datasheet bf16 rate
     first_step_seconds: float | None = None  # compilation included
     seconds: float | None = None
@@ -61,15 +78,35 @@ class Run:
     sample: str | None = None  # what the model continued the prompt with
     history: list[Record] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.name = self.name or self.mechanism
+
     @property
     def title(self) -> str:
         """What tables and plots call it."""
-        return MECHANISMS[self.mechanism].title
+        seed = () if self.seed is None else (f"seed {self.seed}",)
+        varied = (f"{name}={value}" for name, value in self.point.items())
+        return " ".join((MECHANISMS[self.mechanism].title, *varied, *seed))
+
+    @property
+    def done(self) -> bool:
+        """Whether training it again would only repeat it."""
+        return self.status in ("finished", "diverged")
 
     @property
     def label(self) -> str:
         """Its title, and how it ended unless it finished."""
         return self.title if self.status == "finished" else f"{self.title} ({self.status})"
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Self:
+        """The run of these plain values.
+
+        Raises:
+            TypeError: fields that are none.
+        """
+        history = [Record.of(record) for record in plain["history"]]
+        return cls(**_not_finite(plain) | {"history": history})
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -80,6 +117,13 @@ class Run:
         """Keep measured values, by field."""
         for name, value in measured.items():
             setattr(self, name, value)
+
+    def count_norm(self, norm: float, count: int, clip: float) -> None:
+        """Take the gradient norm of a step after the warm-up, the count-th, into the statistics."""
+        mean = self.gradient_norm_mean or 0.0
+        self.gradient_norm_mean = mean + (norm - mean) / count
+        self.gradient_norm_max = max(norm, self.gradient_norm_max or 0.0)
+        self.clipped_steps = (self.clipped_steps or 0) + (norm > clip)
 
     def diverge(self, what: str) -> None:
         """End with status "diverged"."""
@@ -92,11 +136,22 @@ class Run:
         self.traceback = "".join(traceback.format_exception(error))
 
 
-def log_file(mechanism: str) -> Path:
-    """Where in a study's folder a run's records are, one in a line."""
-    return Path(mechanism) / "metrics.jsonl"
+def _not_finite(plain: dict[str, Any]) -> dict[str, Any]:
+    """JSON writes null for a number that is not finite."""
+    names = ("loss", "gradient_norm")
+    return plain | {name: math.nan for name in names if plain.get(name) is None}
 
 
-def model_file(mechanism: str) -> Path:
+def log_file(name: str) -> Path:
+    """Where in a study's folder the records of a run are, one in a line."""
+    return Path(name) / "metrics.jsonl"
+
+
+def checkpoint_folder(name: str) -> Path:
+    """Where in a study's folder a run's checkpoints are."""
+    return Path(name) / "checkpoints"
+
+
+def model_file(name: str) -> Path:
     """Where in a study's folder a run's weights are."""
-    return Path(f"{mechanism}_model.pt")
+    return Path(f"{name}_model.pt")

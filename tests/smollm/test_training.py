@@ -20,6 +20,7 @@ from smollm.training import metrics
 from smollm.training.checks import check_config
 from smollm.training.config import PRESETS, Config, TrainConfig
 from smollm.training.interrupts import Interrupts
+from smollm.training.loader import Batch
 from smollm.training.optim import accumulate_gradients, learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
@@ -36,7 +37,8 @@ def test_a_step_is_the_same_however_micro_batches_divide_it(divided, document_ma
     found = []
     for batches in ([step], step.split(divided)):
         model.zero_grad()
-        loss = accumulate_gradients(model, batches, config, corpus.eos_id, CPU)
+        made = [Batch.of(ids, corpus.eos_id, document_mask) for ids in batches]
+        loss = accumulate_gradients(model, made, config, CPU)
         found.append([loss, *(p.grad.clone() for p in model.parameters())])
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
@@ -47,7 +49,8 @@ def test_the_loss_of_a_step_is_nats_over_targets(corpus):
     batches = corpus.train.batch(0, 2, 32, seed=0).split(1)
     batches[0][0, ::2] = corpus.eos_id  # documents of 2 tokens: half the tokens are targets
     config = TrainConfig(document_mask=True)
-    loss = accumulate_gradients(model, batches, config, corpus.eos_id, CPU)
+    made = [Batch.of(ids, corpus.eos_id, True) for ids in batches]
+    loss = accumulate_gradients(model, made, config, CPU)
     nats, targets = 0.0, 0
     for ids in batches:
         starts = [0, *(i + 1 for i in range(31) if ids[0, i] == corpus.eos_id), 32]
