@@ -1,32 +1,34 @@
 """A study: train every variant on the same tokens in the same order, then compare them."""
 
-import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 
 from smollm.data import Corpus, load_corpus
 from smollm.files import write_json
 from smollm.studies import report
-from smollm.studies.folder import RESULTS, claimed, clear
+from smollm.studies.folder import RESULTS, claimed, clear, read_runs
+from smollm.studies.plan import Cell, cells, parse, write_plan
 from smollm.training.checks import check_config
-from smollm.training.config import PRESETS, Config, Preset
+from smollm.training.config import Config
 from smollm.training.display import make_progress
 from smollm.training.interrupts import Interrupts
 from smollm.training.metrics import check_targets
-from smollm.training.record import Run
+from smollm.training.record import Run, checkpoint_folder
 from smollm.training.run import train_run
+from smollm.training.state import Checkpoints, clear_checkpoints, differences, identity
 
 OK, UNFINISHED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -52,10 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with interrupts.released():
                 config = parse(sys.argv[1:] if argv is None else argv)
-                check_config(config, vocab_size=1)
-                claim.enter_context(claimed(config.output_dir, config.overwrite))
+                check(config)
+                names, resume = [cell.name for cell in cells(config)], config.resume is not None
+                claim.enter_context(
+                    claimed(config.output_dir, names, overwrite=config.overwrite, resume=resume)
+                )
                 device, corpus = prepare(config)
-            clear(config.output_dir)
+                if resume:
+                    check_same(config, corpus, device)
+            if not resume:
+                clear(config.output_dir)
         except (ValueError, OSError) as error:
             print(f"train.py: {error}", file=sys.stderr)
             return REFUSED
@@ -65,20 +73,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_study(config, corpus, device, console, interrupts)
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """Read the flags; the preset among them sets the others' defaults."""
-    chooser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    chooser.add_argument("--preset", choices=get_args(Preset))
-    preset = chooser.parse_known_args(list(argv))[0].preset
-    if preset is None:
-        preset = "ablation" if torch.cuda.is_available() else "cpu"
-    return tyro.cli(
-        Config,
-        prog="train.py",
-        args=list(argv),
-        default=PRESETS[preset],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+def check(config: Config) -> None:
+    """Refuse what could only fail later, in any of the study's runs.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+    if config.resume is not None and config.overwrite:
+        raise ValueError("overwrite: expected no --resume beside it, got both")
+    if config.resume is not None and config.output_dir != config.resume:
+        raise ValueError(f"output_dir: expected {config.resume} to resume, got {config.output_dir}")
+    check_config(config, vocab_size=1)
+    for cell in cells(config):
+        check_config(replace(cell.config, variants=(cell.mechanism,)), vocab_size=1)
+
+
+def check_same(config: Config, corpus: Corpus, device: torch.device) -> None:
+    """Refuse to resume what differs from what the folder's runs were.
+
+    Raises:
+        ValueError: naming the fields that differ.
+    """
+    planned = cells(config)
+    runs = read_runs(config.output_dir)
+    if strangers := [name for name in runs if name not in {cell.name for cell in planned}]:
+        raise ValueError(
+            f"resume: expected all runs of {config.output_dir} in the study, got none for "
+            f"{', '.join(strangers)}"
+        )
+    for cell in planned:
+        about = identity(cell.mechanism, cell.config, corpus, device)
+        run = runs.get(cell.name)
+        if run is not None and run.done and (other := differences(run.config or {}, about)):
+            raise ValueError(
+                f"resume: expected what {config.output_dir}'s {cell.name} was, got {other}"
+            )
+        Checkpoints(config.output_dir / checkpoint_folder(cell.name), 1, about).check()
 
 
 def prepare(config: Config) -> tuple[torch.device, Corpus]:
@@ -119,18 +149,34 @@ def run_study(
     about = describe(config, corpus, device)
     for name, value in headline(about).items():
         _say(console, f"{name}: {value}")
-    runs: list[Run] = []
+    planned = cells(config)
+    kept = read_runs(config.output_dir) if config.resume else {}
+    with suppress(OSError):  # the last write of results tells
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_plan(config.output_dir, config)
+    interrupted = False
     with make_progress(console) as progress:
-        for mechanism in config.mechanisms:
+        for cell in planned:
+            checkpoints = config.output_dir / checkpoint_folder(cell.name)
+            if cell.name in kept and kept[cell.name].done:
+                clear_checkpoints(checkpoints)
+                continue
             if interrupts.requested:
                 break
-            runs.append(Run(mechanism, device.type))
-            commit = about["git_commit"]
-            train_run(runs[-1], config, corpus, device, progress, interrupts, git_commit=commit)
-            with suppress(OSError):  # the last write tells
-                _write_results(config.output_dir, runs, about)
-            if runs[-1].status == "interrupted":
+            run = Run(cell.mechanism, device.type, cell.name, cell.point, cell.seed)
+            kept[cell.name] = run
+            train_run(
+                run, cell.config, corpus, device, progress, interrupts,
+                resume=config.resume is not None, git_commit=about["git_commit"],
+            )  # fmt: skip
+            with suppress(OSError):
+                _write_results(config.output_dir, _ordered(kept, planned), about)
+                if run.done:
+                    clear_checkpoints(checkpoints)
+            if run.status == "interrupted":
+                interrupted = True
                 break
+    runs = _ordered(kept, planned)
     if not runs:
         _say(console, "Interrupted. No run had begun, so there are no results.")
         return INTERRUPTED
@@ -143,16 +189,22 @@ def run_study(
         report.write_report(config.output_dir, runs, headline(about))
     except OSError as error:
         unwritten = error
-    interrupted = interrupts.requested or runs[-1].status == "interrupted"
+    interrupted = interrupted or interrupts.requested
     ending = "Interrupted. Results so far" if interrupted else "Results"
     if unwritten:
         _say(console, f"{ending} could not all be written to {config.output_dir}/: {unwritten}")
     else:
         _say(console, f"{ending} in {config.output_dir}/")
+    if interrupted and not all(cell.name in kept and kept[cell.name].done for cell in planned):
+        _say(console, f"`python train.py --resume {shlex.quote(str(config.output_dir))}` goes on.")
     if interrupted:
         return INTERRUPTED
     finished = all(run.status == "finished" for run in runs)
     return OK if finished and not unwritten else UNFINISHED
+
+
+def _ordered(runs: dict[str, Run], planned: list[Cell]) -> list[Run]:
+    return [runs[cell.name] for cell in planned if cell.name in runs]
 
 
 def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, Any]:
@@ -217,7 +269,7 @@ def _say(console: Console, text: str) -> None:
 
 def _write_results(folder: Path, runs: list[Run], about: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
-    measured = {run.mechanism: run.plain for run in runs}
+    measured = {run.name: run.plain for run in runs}
     write_json(folder / RESULTS, {**about, "runs": measured, "best": report.best(runs)})
 
 

@@ -38,6 +38,7 @@ def results(data_dir, tmp_path_factory):
 def test_the_results_are_all_there(results):
     names = {path.name for path in results.iterdir()}
     expected = {"ablation_results.json", "report.md", "loss.png", "speed_and_memory.png"}
+    expected |= {"study.toml"}
     expected |= {f"{m}_model.pt" for m in MECHANISMS} | set(MECHANISMS) | {"console.txt"}
     assert names == expected
     content = json.loads((results / "ablation_results.json").read_text())
@@ -50,7 +51,7 @@ def test_the_results_are_all_there(results):
         assert run_["status"] == "finished" and run_["steps"] == 6 and run_["tokens"] == 6 * 64
         assert math.isclose(run_["perplexity"], math.exp(run_["val_loss"]))
         for name, value in run_.items():
-            assert value is not None or name in ("mfu", "error", "traceback"), name
+            assert value is not None or name in ("mfu", "error", "traceback", "seed"), name
         lines = (results / mechanism / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         assert records == run_["history"]

@@ -1,0 +1,229 @@
+"""What a study runs: its flags, the file that holds them, and the runs that follow from them."""
+
+import argparse
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import tyro
+
+from smollm.attention import MECHANISMS
+from smollm.files import write_atomically
+from smollm.model.config import ModelConfig
+from smollm.training.config import PRESETS, Config, Preset, TrainConfig
+
+PLAN = Path("study.toml")
+VALUE = re.compile(r"[A-Za-z0-9.+_-]+")
+FIELDS = {field.name for field in fields(TrainConfig)} | set(ModelConfig().flags)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    mechanism: str
+    config: Config  # its own
+    point: dict[str, str]  # what the grid varies, as it was given
+    seed: int | None  # where the study has several
+
+    @property
+    def name(self) -> str:
+        """What its files are called by."""
+        varied = self.point | ({} if self.seed is None else {"seed": str(self.seed)})
+        return "-".join((self.mechanism, *(f"{name}={value}" for name, value in varied.items())))
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Read train.py's flags, or `study FILE [flags]`; a preset or a file has the others' defaults.
+
+    Raises:
+        ValueError: a file that is none. SystemExit: flags that are refused, on stderr.
+    """
+    argv = list(argv)
+    if argv[:1] == ["study"]:
+        if len(argv) < 2 or argv[1].startswith("-"):
+            raise ValueError("study: expected the path of a study's file")
+        argv = [*read_plan(Path(argv[1])), *argv[2:]]
+    chooser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    chooser.add_argument("--resume", type=Path)
+    resume = chooser.parse_known_args(argv)[0].resume
+    if resume is not None:
+        argv = [*read_plan(resume / PLAN), f"--output-dir={resume}", *argv]
+    chooser.add_argument("--preset", choices=get_args(Preset))
+    preset = chooser.parse_known_args(argv)[0].preset
+    if preset is None:
+        preset = "ablation" if torch.cuda.is_available() else "cpu"
+    return _with_flags(PRESETS[preset], argv)
+
+
+def cells(config: Config) -> list[Cell]:
+    """The runs of a study: seed by seed, point by point of the grid, mechanism by mechanism.
+
+    A field of the grid that makes no difference to a mechanism does not multiply its runs.
+
+    Raises:
+        ValueError: a grid or an override that cannot be read; the text names the field.
+    """
+    grid = [_assignment("grid", text) for text in config.grid]
+    values = {name: _values("grid", name, text.split(",")) for name, text in grid}
+    if len(values) < len(grid):
+        raise ValueError(f"grid: expected each field once, got {' '.join(config.grid)}")
+    overrides = {mechanism: dict[str, str]() for mechanism in MECHANISMS}
+    for text in config.override:
+        name, value = _assignment("override", text)
+        mechanism, _, field = name.partition(".")
+        if mechanism not in overrides:
+            raise ValueError(f"override: expected VARIANT.FIELD=VALUE, got {text!r}")
+        overrides[mechanism][field] = _values("override", field, [value])[0]
+    found: dict[str, Cell] = {}
+    seeds: tuple[int | None, ...] = config.seeds or (None,)
+    varied = {
+        mechanism: _varied(mechanism, config, values, overrides[mechanism])
+        for mechanism in config.mechanisms
+    }
+    for seed, point in itertools.product(seeds, _points(values)):
+        for mechanism in config.mechanisms:
+            own = {name: value for name, value in point.items() if name in varied[mechanism]}
+            flags = overrides[mechanism] | own | ({} if seed is None else {"seed": str(seed)})
+            cell = Cell(mechanism, _changed(config, flags), own, seed)
+            found.setdefault(cell.name, cell)
+    return list(found.values())
+
+
+def write_plan(folder: Path, config: Config) -> None:
+    """Write study.toml, which `python train.py study` runs again; every field is in it."""
+    plain = {"preset": config.preset, "variants": config.mechanisms, "seeds": config.seeds}
+    lines = ["# python train.py study study.toml --output-dir FOLDER", ""]
+    lines += _toml(plain | asdict(config.train) | config.model.flags)
+    if config.grid:
+        lines += ["", "[grid]"]
+        lines += _toml({n: v.split(",") for n, v in (_assignment("grid", g) for g in config.grid)})
+    for mechanism in MECHANISMS:
+        own = [o.partition(".")[2] for o in config.override if o.startswith(f"{mechanism}.")]
+        if own:
+            lines += ["", f"[{mechanism}]", *_toml(dict(_assignment("override", o) for o in own))]
+    text = "\n".join(lines) + "\n"
+    write_atomically(folder / PLAN, lambda file: file.write(text.encode()))
+
+
+def read_plan(path: Path) -> list[str]:
+    """A study's file as flags.
+
+    Each key is a flag's name; a table `[grid]` has lists of values, a table of a mechanism's name
+    what is its own.
+
+    Raises:
+        ValueError: there is none, or it is not TOML.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a study's file, got {error}") from error
+    tables = {name: content.pop(name) for name in ("grid", *MECHANISMS) if name in content}
+    flags = [flag for name, value in content.items() for flag in _flags(name, value)]
+    grid = tables.pop("grid", {})
+    for name, table in (("grid", grid), *tables.items()):
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {name}: expected a table, got {table!r}")
+    points = [
+        f"{name}={','.join(map(_word, values if isinstance(values, list) else [values]))}"
+        for name, values in grid.items()
+    ]
+    own = [
+        f"{m}.{name}={_word(value)}" for m, table in tables.items() for name, value in table.items()
+    ]
+    return [*flags, *_flags("grid", points), *_flags("override", own)]
+
+
+def _with_flags(config: Config, flags: list[str]) -> Config:
+    return tyro.cli(
+        Config, prog="train.py", args=flags, default=config, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def _changed(config: Config, values: dict[str, str]) -> Config:
+    """A config with some fields given as text."""
+    return _with_flags(config, [flag for n, text in values.items() for flag in _flags(n, text)])
+
+
+def _varied(
+    mechanism: str, config: Config, values: dict[str, list[str]], overrides: dict[str, str]
+) -> set[str]:
+    """The grid's fields that make a difference to a mechanism's runs."""
+
+    def described(name: str, value: str) -> tuple[Any, ...]:
+        changed = _changed(config, overrides | {name: value})
+        model = changed.model
+        arguments = model.mechanisms[mechanism].arguments(model)
+        shape = {field.name: getattr(model, field.name) for field in fields(model)}
+        del shape["mechanisms"]
+        for shared in ("window_size", "qk_norm"):  # they reach a mechanism as arguments alone
+            del shape[shared]
+        return arguments, shape, changed.train
+
+    found = set()
+    for name, given in values.items():
+        first, *others = (described(name, value) for value in given)
+        if any(other != first for other in others):
+            found.add(name)
+    return found
+
+
+def _points(values: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+    for point in itertools.product(*values.values()):
+        yield dict(zip(values, point, strict=True))
+
+
+def _assignment(flag: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{flag}: expected FIELD=VALUE, got {text!r}")
+    return name.strip().replace("-", "_"), value.strip()
+
+
+def _values(flag: str, name: str, values: list[str]) -> list[str]:
+    if name not in FIELDS or name == "seed":
+        raise ValueError(f"{flag}: expected a field of training or of the model, got {name!r}")
+    for value in values:
+        if not VALUE.fullmatch(value):
+            raise ValueError(f"{flag}: expected {name}=VALUE, got {name}={value}")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{flag}: expected distinct values of {name}, got {','.join(values)}")
+    return values
+
+
+def _flags(name: str, value: Any) -> list[str]:
+    """A field as the command line has it."""
+    flag = f"--{name.replace('_', '-')}"
+    if _word(value) in ("true", "false"):
+        return [flag if _word(value) == "true" else f"--no-{flag[2:]}"]
+    if isinstance(value, list | tuple):
+        return [flag, *map(_word, value)] if value else []
+    return [f"{flag}={_word(value)}"]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _toml(values: dict[str, Any]) -> list[str]:
+    """Plain values as lines; what is None has no line."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, list | tuple):
+            lines.append(f"{name} = [{', '.join(map(_toml_value, value))}]")
+        elif value is not None:
+            lines.append(f"{name} = {_toml_value(value)}")
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, int | float) else json.dumps(str(value))

@@ -1,0 +1,133 @@
+"""What a study runs: flags, files, and the runs that follow from them."""
+
+import dataclasses
+import json
+
+import pytest
+from study_cases import tiny
+
+from smollm.attention import MECHANISMS
+from smollm.studies import study
+from smollm.studies.plan import PLAN, cells, parse, write_plan
+
+
+def names(*flags):
+    return [cell.name for cell in cells(parse(["--preset=cpu", *flags]))]
+
+
+def test_a_study_is_one_run_a_variant():
+    assert names() == list(MECHANISMS)
+    assert names("--only-mga") == ["mga"]
+    config = parse(["--preset=cpu"])
+    assert all(cell.config == config for cell in cells(config))
+
+
+def test_seeds_and_a_grid_multiply_the_runs():
+    assert names("--variants", "mha", "mga", "--seeds", "1", "2") == [
+        "mha-seed=1", "mga-seed=1", "mha-seed=2", "mga-seed=2",
+    ]  # fmt: skip
+    flags = ["--variants", "mha", "--grid", "lr=1e-3,3e-3", "document-mask=true,false"]
+    found = cells(parse([*flags, "--seeds", "5"]))
+    assert [cell.name for cell in found] == [
+        f"mha-lr={lr}-document_mask={mask}-seed=5" for lr in ("1e-3", "3e-3")
+        for mask in ("true", "false")
+    ]  # fmt: skip
+    made = [(c.config.train.lr, c.config.train.document_mask, c.config.train.seed) for c in found]
+    assert made == [(1e-3, True, 5), (1e-3, False, 5), (3e-3, True, 5), (3e-3, False, 5)]
+
+
+def test_a_field_multiplies_those_alone_that_it_changes():
+    assert names("--grid", "window_size=64,None", "latent_dim=36,72", "num_kv_heads=1,3") == [
+        "mha-window_size=64", "gqa-window_size=64-num_kv_heads=1",
+        "mla-window_size=64-latent_dim=36", "mga",
+        "gqa-window_size=64-num_kv_heads=3", "mla-window_size=64-latent_dim=72",
+        "mha-window_size=None", "gqa-window_size=None-num_kv_heads=1",
+        "mla-window_size=None-latent_dim=36", "gqa-window_size=None-num_kv_heads=3",
+        "mla-window_size=None-latent_dim=72",
+    ]  # fmt: skip
+    assert names("--variants", "mha", "--grid", "embed_dim=144,288") == [
+        "mha-embed_dim=144", "mha-embed_dim=288",
+    ]  # fmt: skip
+
+
+def test_an_override_is_one_variants_own():
+    flags = ["--override", "mga.lr=2e-3", "mga.selection-pressure=2", "--grid", "clip=1,inf"]
+    for cell in cells(parse(flags)):
+        mga = cell.mechanism == "mga"
+        assert cell.config.train.lr == (2e-3 if mga else 3e-3)
+        pressure = cell.config.model.mechanisms["mga"].selection_pressure
+        assert pressure == (2 if mga else 4) and cell.config.train.clip in (1, float("inf"))
+    swept = cells(parse(["--override", "mga.lr=2e-3", "--grid", "lr=1e-3,4e-3"]))
+    assert {cell.config.train.lr for cell in swept if cell.mechanism == "mga"} == {1e-3, 4e-3}
+
+
+@pytest.mark.parametrize(("flags", "text"), [
+    (["--grid", "lr"], "grid: expected FIELD=VALUE, got 'lr'"),
+    (["--grid", "speed=1,2"], "grid: expected a field of training or of the model, got 'speed'"),
+    (["--grid", "seed=1,2"], "grid: expected a field of training or of the model, got 'seed'"),
+    (["--grid", "output_dir=a"], "grid: expected a field of training or of the model, got 'out"),
+    (["--grid", "lr=1e-3,"], "grid: expected lr=VALUE, got lr="),
+    (["--grid", "corpus=../x"], "grid: expected corpus=VALUE, got corpus=../x"),
+    (["--grid", "lr=1,1"], "grid: expected distinct values of lr, got 1,1"),
+    (["--grid", "lr=1", "lr=2"], "grid: expected each field once, got lr=1 lr=2"),
+    (["--grid", "lr=1e-3,nan"], "lr: expected in (0, inf), got nan"),
+    (["--grid", "num_heads=9,7"], "num_heads: expected a divisor of embed_dim=36, got 7"),
+    (["--override", "lr=1"], "override: expected VARIANT.FIELD=VALUE, got 'lr=1'"),
+    (["--override", "mqa.lr=1"], "override: expected VARIANT.FIELD=VALUE, got 'mqa.lr=1'"),
+    (["--override", "mga.speed=1"], "override: expected a field of training or of the model, got"),
+    (["--seeds", "1", "1"], "seeds: expected distinct ones, got (1, 1)"),
+    (["--seeds", "-1"], "seeds: expected in [0, 9.22337e+18], got -1"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_what_makes_no_study_is_refused(flags, text, data_dir, tmp_path, capsys):
+    assert study.main(tiny(flags, data_dir, tmp_path)) == 2
+    assert capsys.readouterr().err.startswith(f"train.py: {text}")
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--preset=ablation"], ["--preset=smollm2-135m", "--clip=inf", "--document-mask"],
+    ["--seeds", "1", "2", "--grid", "lr=1e-3,3e-3", "window_size=64,None", "bias=true,false",
+     "--override", "gqa.num_kv_heads=1", "mga.lr=1e-3", "--window-size=5", "--num-kv-heads=9"],
+], ids=["default", "ablation", "135m", "all"])  # fmt: skip
+def test_a_study_is_a_file_that_runs_again(flags, tmp_path):
+    config = parse(flags)
+    write_plan(tmp_path, config)
+    assert parse(["study", str(tmp_path / PLAN)]) == config
+    changed = parse(["study", str(tmp_path / PLAN), "--lr=0.5", "--variants", "mha"])
+    train = dataclasses.replace(config.train, lr=0.5)
+    assert changed == dataclasses.replace(config, train=train, variants=("mha",))
+
+
+def test_a_file_by_hand(data_dir, tmp_path):
+    path, folder = tmp_path / "mine.toml", tmp_path / "results"
+    flags = [flag[2:].split("=") for flag in tiny([], data_dir, folder)]
+    lines = [f"{n.replace('-', '_')} = {json.dumps(v) if v[0] in '/c' else v}" for n, v in flags]
+    lines += ['variants = ["mha", "gqa"]', "generate_tokens = 0", "document_mask = true"]
+    lines += ["[grid]", "steps = [2, 3]", "[gqa]", "num_kv_heads = 1"]
+    lines = [line for line in lines if line not in ("steps = 6", "generate_tokens = 4")]
+    path.write_text("\n".join(lines))
+    assert study.main(["study", str(path), "--log-every=1"]) == 0
+    runs = json.loads((folder / "ablation_results.json").read_text())["runs"]
+    assert {name: run["steps"] for name, run in runs.items()} == {
+        "mha-steps=2": 2, "gqa-steps=2": 2, "mha-steps=3": 3, "gqa-steps=3": 3,
+    }  # fmt: skip
+    assert all(len(run["history"]) == run["steps"] for run in runs.values())
+    assert runs["gqa-steps=2"]["parameters"] < runs["mha-steps=2"]["parameters"]
+    assert (folder / "gqa-steps=3" / "metrics.jsonl").exists()
+    assert (folder / "mha-steps=2_model.pt").exists()
+
+
+@pytest.mark.parametrize(("content", "text"), [
+    ("steps = ", "expected a study's file, got Invalid value"),
+    ("grid = 3", "grid: expected a table, got 3"),
+], ids=["not-toml", "no-table"])  # fmt: skip
+def test_a_file_that_is_no_study_is_refused(content, text, tmp_path, capsys):
+    path = tmp_path / "study.toml"
+    path.write_text(content)
+    assert study.main(["study", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"train.py: {path}: {text}")
+    assert study.main(["study"]) == 2
+    assert "study: expected the path of a study's file" in capsys.readouterr().err
+    path.write_text("speed = 3")
+    with pytest.raises(SystemExit):
+        study.main(["study", str(path)])
+    assert "speed" in capsys.readouterr().err
