@@ -16,9 +16,12 @@ from smollm.training.state import checkpoint_files
 RUN = re.compile(rf"({'|'.join(MECHANISMS)})(-\w+=[A-Za-z0-9.+_-]+)*", re.ASCII)
 RESULTS = Path("ablation_results.json")
 REPORT = Path("report.md")
+PAGE = Path("report.html")
 LOSS_PLOT = Path("loss.png")
 BARS_PLOT = Path("speed_and_memory.png")
-OWN = (RESULTS, PLAN, REPORT, LOSS_PLOT, BARS_PLOT)
+TRADE_OFF_PLOT = Path("trade_offs.png")
+RATES_PLOT = Path("learning_rates.png")
+OWN = (RESULTS, PLAN, REPORT, PAGE, LOSS_PLOT, BARS_PLOT, TRADE_OFF_PLOT, RATES_PLOT)
 
 
 @contextmanager
@@ -50,7 +53,7 @@ def claimed(folder: Path, names: Sequence[str], *, overwrite: bool, resume: bool
     with locked(folder):
         older = [str(file) for file in _files(folder)]
         if older and not overwrite and not resume:
-            shown = ", ".join(older[:8]) + (", ..." if len(older) > 8 else "")
+            shown = ", ".join(older[:12]) + (", ..." if len(older) > 12 else "")
             raise ValueError(
                 f"output_dir: expected a folder without another study's files, got {folder} with "
                 f"{shown}; give another --output-dir, --resume {folder} to go on with that study, "

@@ -97,7 +97,13 @@ def cells(config: Config) -> list[Cell]:
 
 
 def write_plan(folder: Path, config: Config) -> None:
-    """Write study.toml, which `python train.py study` runs again; every field is in it."""
+    """Write study.toml into a folder."""
+    text = plan_text(config)
+    write_atomically(folder / PLAN, lambda file: file.write(text.encode()))
+
+
+def plan_text(config: Config) -> str:
+    """A file that `python train.py study` runs again; every field that makes results is in it."""
     plain = {"preset": config.preset, "variants": config.mechanisms, "seeds": config.seeds}
     lines = ["# python train.py study study.toml --output-dir FOLDER", ""]
     lines += _toml(plain | asdict(config.train) | config.model.flags)
@@ -108,8 +114,7 @@ def write_plan(folder: Path, config: Config) -> None:
         own = [o.partition(".")[2] for o in config.override if o.startswith(f"{mechanism}.")]
         if own:
             lines += ["", f"[{mechanism}]", *_toml(dict(_assignment("override", o) for o in own))]
-    text = "\n".join(lines) + "\n"
-    write_atomically(folder / PLAN, lambda file: file.write(text.encode()))
+    return "\n".join(lines) + "\n"
 
 
 def read_plan(path: Path) -> list[str]:

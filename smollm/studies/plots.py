@@ -1,6 +1,7 @@
 """A study's plots."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,51 +10,67 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from smollm.attention import MECHANISMS
 from smollm.files import write_atomically
-from smollm.training.record import Run
+from smollm.studies.compare import Group
+from smollm.training.record import Record, Run
 
-Points = list[tuple[int, float]]  # (tokens, loss)
+Points = list[tuple[float, float]]
+STYLES = ("-", "--", ":", "-.")  # of a mechanism's groups
 
 
-def plot_loss(path: Path, runs: list[Run]) -> None:
-    """Loss against tokens: a line a run, or a mechanism's mean and range over several runs.
+def plot_loss(path: Path, groups: Sequence[Group]) -> None:
+    """Loss against tokens and against seconds of training: a line a group, with its range.
 
     The loss axis spans the second half of training, where the differences are; a cross marks
     where a run ended that did not finish.
     """
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, panels = plt.subplots(
+        1, 2, figsize=(12, 5), sharey=True, width_ratios=(3, 2), layout="constrained"
+    )
+    by_tokens, by_seconds = panels
+    runs = [run for each in groups for run in each.runs]
     lines = [line for run in runs for line in (_smoothed(run), _validated(run))]
     low, high = _limits([point for line in lines for point in line])
-    axes.set_ylim(low, high)
-    for mechanism in dict.fromkeys(run.mechanism for run in runs):
-        same = [run for run in runs if run.mechanism == mechanism]
-        _plot_mechanism(axes, same, MECHANISMS[mechanism].color, high)
-    axes.set_xlabel("training tokens")
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Loss: training, smoothed (faint), and validation (marked)")
-    axes.grid(alpha=0.3)
-    if runs:
-        axes.legend()
+    by_tokens.set_ylim(low, high)
+    for each, color, style in _styled(groups):
+        _plot_group(by_tokens, each, color, style, high)
+        _plot_validation(by_seconds, each, color, style, lambda record: record.seconds)
+    by_tokens.set_xlabel("training tokens")
+    by_tokens.xaxis.set_major_formatter(EngFormatter())
+    by_tokens.set_ylabel("loss (nats per token)")
+    by_tokens.set_title("training, smoothed (faint), and validation (marked)")
+    by_seconds.set_xlabel("seconds of training")
+    by_seconds.set_title("validation")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    if groups:
+        by_tokens.legend()
     _save(figure, path)
 
 
-def plot_bars(path: Path, runs: list[Run]) -> None:
-    """Throughput and memory of each run that measured them."""
+def plot_bars(path: Path, groups: Sequence[Group]) -> None:
+    """Throughput and memory of each group that measured them."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     bars = [
         ("tokens_per_second", 1.0, "training throughput", "tokens per second"),
         ("peak_memory_bytes", 2**20, "peak memory that a run adds", "MiB"),
     ]
     for axes, (name, unit, title, label) in zip(panels, bars, strict=True):
-        measured = [run for run in runs if getattr(run, name) is not None]
+        measured = [(each, mean) for each in groups if (mean := each.mean(name)) is not None]
         drawn = axes.bar(
-            [run.label for run in measured],
-            [getattr(run, name) / unit for run in measured],
-            color=[MECHANISMS[run.mechanism].color for run in measured],
+            range(len(measured)),
+            [mean / unit for _, mean in measured],
+            color=[MECHANISMS[each.mechanism].color for each, _ in measured],
+        )
+        long = sum(len(each.label) for each, _ in measured) > 40
+        axes.set_xticks(
+            range(len(measured)),
+            [each.label for each, _ in measured],
+            rotation=30 if long else 0,
+            ha="right" if long else "center",
         )
         axes.bar_label(drawn, fmt="{:,.0f}")
         axes.set_title(title)
@@ -62,32 +79,112 @@ def plot_bars(path: Path, runs: list[Run]) -> None:
     _save(figure, path)
 
 
-def _plot_mechanism(axes: Axes, runs: list[Run], color: str, top: float) -> None:
+def plot_trade_offs(path: Path, groups: Sequence[Group]) -> None:
+    """Validation loss against throughput and against cache, and what no other group betters."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    sides = [
+        ("tokens_per_second", True, "training tokens per second"),
+        ("cache_bytes_per_token", False, "cache bytes per token"),
+    ]
+    for axes, (name, more, label) in zip(panels, sides, strict=True):
+        found: list[tuple[float, float]] = []
+        for each, color, _ in _styled([each for each in groups if each.finished]):
+            x, y, error = each.mean(name), each.mean("val_loss"), each.spread("val_loss")
+            if x is None or y is None:
+                continue
+            axes.errorbar(x, y, yerr=error, fmt="o", color=color, capsize=3)
+            axes.annotate(each.title, (x, y), xytext=(6, 5), textcoords="offset points")
+            found.append((x, y))
+        edge = _pareto(found, more)
+        axes.plot(*_columns(edge), color="gray", linewidth=1, zorder=0, linestyle="--")
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.margins(x=0.25, y=0.15)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    figure.suptitle("Dashed: what no other one betters in both")
+    _save(figure, path)
+
+
+def plot_rates(path: Path, groups: Sequence[Group]) -> None:
+    """Validation loss against the learning rate, a line for what differs in it alone."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    swept: dict[Any, list[Group]] = {}
+    for each in groups:
+        key = each.mechanism, tuple((n, v) for n, v in each.point.items() if n != "lr")
+        if "lr" in each.point and each.finished:
+            swept.setdefault(key, []).append(each)
+    heads = [Group(m, dict(point), same[0].runs) for (m, point), same in swept.items()]
+    for (head, color, style), same in zip(_styled(heads), swept.values(), strict=True):
+        same = sorted(same, key=lambda each: float(each.point["lr"]))
+        axes.errorbar(
+            [float(each.point["lr"]) for each in same],
+            [each.mean("val_loss") or math.nan for each in same],
+            yerr=[each.spread("val_loss") or 0.0 for each in same],
+            color=color, linestyle=style, marker="o", capsize=3, label=head.title,
+        )  # fmt: skip
+    rates = sorted({float(each.point["lr"]) for same in swept.values() for each in same})
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if swept:
+        axes.legend()
+    _save(figure, path)
+
+
+def _styled(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
+    """Each group with its mechanism's color and a line style of its own."""
+    seen: dict[str, int] = {}
+    styled = []
+    for each in groups:
+        index = seen.setdefault(each.mechanism, 0)
+        seen[each.mechanism] += 1
+        styled.append((each, MECHANISMS[each.mechanism].color, STYLES[index % len(STYLES)]))
+    return styled
+
+
+def _plot_group(axes: Axes, each: Group, color: str, style: str, top: float) -> None:
     """Validation as one line, a lone run's training as a faint one, a cross where a run ended."""
-    for run in runs:
+    for run in each.runs:
         line = _smoothed(run)
-        if len(runs) == 1:
-            axes.plot(*_columns(line), color=color, alpha=0.35, linewidth=1)
+        if len(each.runs) == 1:
+            axes.plot(*_columns(line), color=color, linestyle=style, alpha=0.35, linewidth=1)
         if run.status != "finished" and line:
             tokens, loss = line[-1]
             axes.plot(
                 tokens, min(loss, top), "X", color=color, markersize=11, clip_on=False, zorder=5
             )
-    validated = [dict(_validated(run)) for run in runs]
-    shared = sorted(set.intersection(*(set(points) for points in validated)))
-    values = [[points[tokens] for points in validated] for tokens in shared]
-    label = ", ".join(dict.fromkeys(run.label for run in runs))
+    _plot_validation(axes, each, color, style, lambda record: record.tokens)
+
+
+def _plot_validation(
+    axes: Axes, each: Group, color: str, style: str, place: Callable[[Record], float]
+) -> None:
+    """The mean over the runs, step by step, and their range."""
+    validated = [
+        {r.step: r for r in run.history if r.val_loss is not None and math.isfinite(r.val_loss)}
+        for run in each.runs
+    ]
+    validated = [records for records in validated if records] or [{}]
+    shared = sorted(set.intersection(*(set(records) for records in validated)))
+    places = [sum(place(v[step]) for v in validated) / len(validated) for step in shared]
+    values = [[v[step].val_loss or 0.0 for v in validated] for step in shared]
     means = [sum(v) / len(v) for v in values]
-    axes.plot(shared, means, color=color, marker="o", markersize=4, label=label)
-    if len(runs) > 1:
-        axes.fill_between(shared, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
+    axes.plot(
+        places, means, color=color, linestyle=style, marker="o", markersize=4, label=each.label
+    )
+    if len(validated) > 1:
+        axes.fill_between(places, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2)
 
 
 def _smoothed(run: Run) -> Points:
     """Training loss, each point the mean of the latest tenth of the records before it."""
     records = [record for record in run.history if math.isfinite(record.loss)]
     width = max(1, len(records) // 10)
-    points = []
+    points: Points = []
     for end in range(1, len(records) + 1):
         latest = records[max(0, end - width) : end]
         points.append((latest[-1].tokens, sum(r.loss for r in latest) / len(latest)))
@@ -112,8 +209,17 @@ def _limits(points: Points) -> tuple[float, float]:
     return min(late) - margin, max(late) + margin
 
 
-def _columns(points: Points) -> tuple[list[int], list[float]]:
-    return [tokens for tokens, _ in points], [loss for _, loss in points]
+def _pareto(points: Points, more: bool) -> Points:
+    """The points that no other one betters: of more (or less) x and less y."""
+    kept: Points = []
+    for point in sorted(points, key=lambda p: (-p[0] if more else p[0], p[1])):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _save(figure: Any, path: Path) -> None:

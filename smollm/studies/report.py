@@ -1,20 +1,24 @@
-"""A study's table, winners and report."""
+"""A study's table, verdicts and page."""
 
-import math
-from collections.abc import Callable
+import base64
+import html
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_it import MarkdownIt
 from rich.table import Table
 
-from smollm.attention import MECHANISMS
 from smollm.files import write_atomically
 from smollm.studies import folder as places
-from smollm.studies.plots import plot_bars, plot_loss
+from smollm.studies.compare import Group, at_their_best, differences, group, speed_ups
+from smollm.studies.plots import plot_bars, plot_loss, plot_rates, plot_trade_offs
 from smollm.training.record import Run
 
 Format = Callable[[Any], str]
 Noise = dict[str, tuple[float, int]]  # by device
+WIDE = 5  # so many groups are columns of the terminal's table, more are rows
 
 
 def _mib(value: float) -> str:
@@ -22,24 +26,25 @@ def _mib(value: float) -> str:
 
 
 COLUMNS: list[tuple[str, str, Format]] = [
-    ("Model", "label", str),
     ("Loss", "val_loss", "{:.4f}".format),
     ("Perplexity", "perplexity", "{:,.2f}".format),
     ("Bits/byte", "bits_per_byte", "{:.4f}".format),
     ("Tok/s", "tokens_per_second", "{:,.0f}".format),
-    ("Params", "parameters", "{:,}".format),
+    ("Params", "parameters", "{:,.0f}".format),
     ("Peak memory", "peak_memory_bytes", _mib),
     ("Gen tok/s", "generation_tokens_per_second", "{:,.0f}".format),
-    ("Cache B/tok", "cache_bytes_per_token", "{:,}".format),
+    ("Cache B/tok", "cache_bytes_per_token", "{:,.0f}".format),
     ("Grad mean", "gradient_norm_mean", "{:.3f}".format),
     ("Grad max", "gradient_norm_max", "{:.3f}".format),
-    ("Clipped", "clipped_steps", "{:,}".format),
+    ("Clipped", "clipped_steps", "{:,.0f}".format),
 ]
+SPREAD = ("val_loss", "bits_per_byte")  # shown with the standard deviation over seeds
 NOTE = (
     "Loss is validation's, in nats per token. Peak memory is what the run adds. Gradient norms, "
     "before clipping, and clipped steps are those after the warm-up. A cache row lasts for a "
     "window where there is one."
 )
+NOTE_OF_SEEDS = " Of several seeds a figure is the mean, ± the standard deviation."
 
 # No winner is named by less than a part of the runner-up's figure or an amount, whichever is more.
 # A GPU's allocations repeat exactly, while on a CPU later runs use again what the heap kept of the
@@ -53,29 +58,64 @@ ASPECTS = {
     "throughput": ("tokens_per_second", True),
     "memory": ("peak_memory_bytes", False),
 }
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;font-size:.85em;display:block;overflow-x:auto}"
+    "td,th{padding:.3em .7em;border-bottom:1px solid #ddd;white-space:nowrap}"
+    "img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow-x:auto}"
+)
 
 
-def titles(runs: list[Run]) -> list[str]:
-    """The names of the table's figures."""
-    kinds = {run.cache_dtype for run in runs if run.cache_dtype is not None}
+def headline(about: dict[str, Any]) -> dict[str, str]:
+    """The facts that stand above a study's table."""
+    corpus, train = about["corpus"], about["config"]["train"]
+    lines = {
+        "Corpus": f"{corpus['name']} (sha256 {corpus['sha256'][:12]}), "
+        f"{corpus['train_tokens']:,} training tokens, vocabulary {corpus['vocab_size']:,}",
+        "Run": f"preset {about['config']['preset']}, {train['steps']:,} steps of "
+        f"{train['batch_size'] * train['grad_accum']} x {train['seq_len']} tokens, "
+        f"seed {', '.join(map(str, about['config']['seeds'] or [train['seed']]))}",
+        "Device": f"{about['device']}, torch {about['versions']['torch']}",
+    }
+    if corpus["name"] == "builtin":
+        lines["Note"] = (
+            "the built-in corpus proves the pipeline, not an architecture; "
+            "`python -m smollm.data --corpus fineweb-edu-dedup --shards 2` prepares a real one"
+        )
+    return lines
+
+
+def titles(groups: Sequence[Group]) -> list[str]:
+    """The names of the table's figures, that of the group first."""
+    kinds = {run.cache_dtype for g in groups for run in g.runs if run.cache_dtype is not None}
     kind = f" ({kinds.pop()})" if len(kinds) == 1 else ""
-    return [title + (kind if title == "Cache B/tok" else "") for title, _, _ in COLUMNS]
+    names = [title + (kind if title == "Cache B/tok" else "") for title, _, _ in COLUMNS]
+    return ["Model", *names]
 
 
-def rows(runs: list[Run]) -> list[list[str]]:
-    """The table's cells; a dash where a run measured nothing."""
+def rows(groups: Sequence[Group]) -> list[list[str]]:
+    """The table's cells; a dash where nothing was measured."""
 
-    def cell(run: Run, name: str, form: Format) -> str:
-        value = getattr(run, name)
-        return "-" if value is None else form(value)
+    def cell(each: Group, name: str, form: Format) -> str:
+        mean, spread = each.mean(name), each.spread(name)
+        if mean is None:
+            return "-"
+        return form(mean) + (f" ± {spread:.4f}" if name in SPREAD and spread is not None else "")
 
-    return [[cell(run, name, form) for _, name, form in COLUMNS] for run in runs]
+    return [[g.label, *(cell(g, name, form) for _, name, form in COLUMNS)] for g in groups]
 
 
-def table(runs: list[Run]) -> Table:
-    """The comparison for a terminal, a column per model so that it fits 80 characters."""
-    view = Table(title="Comparison", caption=NOTE)
-    names, cells = titles(runs), rows(runs)
+def table(groups: Sequence[Group]) -> Table:
+    """The comparison for a terminal; few groups are columns, so that it fits 80 characters."""
+    view = Table(title="Comparison", caption=note(groups))
+    names, cells = titles(groups), rows(groups)
+    if len(groups) > WIDE:
+        shown = [names.index(name) for name in ("Model", "Loss", "Bits/byte", "Tok/s", "Params")]
+        for index in shown:
+            view.add_column(names[index], justify="right" if index else "left")
+        for row in cells:
+            view.add_row(*(row[index] for index in shown))
+        return view
     view.add_column(names[0])
     for row in cells:
         view.add_column(row[0], justify="right")
@@ -84,54 +124,80 @@ def table(runs: list[Run]) -> Table:
     return view
 
 
-def best(runs: list[Run]) -> dict[str, str | None]:
-    """The winner of each aspect that a finished run measured, None where noise decides it."""
+def note(groups: Sequence[Group]) -> str:
+    """What the table's figures are."""
+    return NOTE + NOTE_OF_SEEDS * any(len(each.runs) > 1 for each in groups)
+
+
+def best(groups: Sequence[Group]) -> dict[str, str | None]:
+    """The title of each aspect's winner among those that finished, None where noise decides it."""
     winners: dict[str, str | None] = {}
     for aspect, (name, more) in ASPECTS.items():
         measured = [
-            (float(getattr(run, name)), run)
-            for run in runs
-            if run.status == "finished" and getattr(run, name) is not None
+            (value, g) for g in groups if g.finished and (value := g.mean(name)) is not None
         ]
-        ranked = sorted(
-            (pair for pair in measured if math.isfinite(pair[0])),
-            key=lambda pair: pair[0],
-            reverse=more,
-        )
+        ranked = sorted(measured, key=lambda pair: pair[0], reverse=more)
         if ranked:
             clear = len(ranked) == 1 or _clear(name, *ranked[0], *ranked[1])
-            winners[aspect] = ranked[0][1].mechanism if clear else None
+            winners[aspect] = ranked[0][1].title if clear else None
     return winners
 
 
-def _clear(name: str, first: float, winner: Run, second: float, runner_up: Run) -> bool:
-    part, amount = NOISE.get(name, {}).get(winner.device, (0.0, 0))
-    if name in NOISE and abs(first - second) <= max(part * second, amount):
+def _clear(name: str, first: float, winner: Group, second: float, runner_up: Group) -> bool:
+    if name == "val_loss":
+        closest = differences([winner, runner_up])[0]
+        return closest.clear or (closest.low is None and first < second)
+    part, amount = NOISE.get(name, {}).get(winner.runs[0].device, (0.0, 0))
+    if abs(first - second) <= max(part * second, amount):
         return False
     return name != "tokens_per_second" or _apart(winner, runner_up)
 
 
-def _apart(winner: Run, runner_up: Run) -> bool:
+def _apart(winner: Group, runner_up: Group) -> bool:
     """Whether 3 in 4 stretches between two records are faster than 3 in 4 of the runner-up's."""
     slow, fast = (
-        sorted(r.tokens_per_second for r in run.history if r.tokens_per_second is not None)
-        for run in (winner, runner_up)
+        sorted(
+            record.tokens_per_second
+            for run in each.finished
+            for record in run.history
+            if record.tokens_per_second is not None
+        )
+        for each in (winner, runner_up)
     )
     if min(len(slow), len(fast)) < 4:
         return False
     return slow[len(slow) // 4] > fast[-1 - len(fast) // 4]
 
 
-def best_lines(runs: list[Run]) -> list[str]:
+def best_lines(groups: Sequence[Group]) -> list[str]:
     """One sentence per aspect."""
-    return [
-        f"Best model by {aspect}: "
-        + (MECHANISMS[name].title if name else "no clear winner, the gap is within noise")
-        for aspect, name in best(runs).items()
-    ]
+    one_seed = max((len(g.finished) for g in groups), default=0) < 2
+    lines = []
+    for aspect, title in best(groups).items():
+        caveat = ", of one seed each" if aspect == "loss" and one_seed and title else ""
+        lines.append(
+            f"Best model by {aspect}: {title or 'no clear winner, the gap is within noise'}{caveat}"
+        )
+    return lines
 
 
-def unfinished_lines(runs: list[Run]) -> list[str]:
+def verdict_lines(groups: Sequence[Group]) -> list[str]:
+    """What the losses say: every pair with the seeds to tell it, and the speed-ups."""
+    chosen = at_their_best(groups)
+    pairs = [pair for pair in differences(chosen) if pair.low is not None]
+    lines = [str(pair) for pair in pairs]
+    if len(pairs) > 1:
+        lines.append(f"Each of these {len(pairs)} intervals holds by itself, not all at once")
+    if not pairs and sum(bool(each.finished) for each in chosen) > 1:
+        lines.append("No spread is known of one seed: `--seeds 1 2 3` tells differences from luck")
+    law, found = speed_ups(groups)
+    if law is not None and found:
+        lines.append(f"{groups[0].title.split()[0]}'s law: {law}")
+        lines += [f"Effective speed-up against it, {speed_up}" for speed_up in found]
+    return lines
+
+
+def unfinished_lines(runs: Sequence[Run]) -> list[str]:
     """One sentence per run that did not finish: how it ended, and why."""
     return [
         f"{run.title} {run.status} after {run.steps:,} steps" + (f": {run.error}" * bool(run.error))
@@ -140,33 +206,49 @@ def unfinished_lines(runs: list[Run]) -> list[str]:
     ]
 
 
-def write_report(folder: Path, runs: list[Run], about: dict[str, str]) -> None:
-    """Write report.md, loss.png and speed_and_memory.png into folder.
+def write_report(folder: Path, runs: Sequence[Run], about: dict[str, str], repeat: str) -> None:
+    """Write report.md with its plots into folder, and report.html, one page that holds it all.
 
     Args:
         folder: an existing folder.
         runs: the runs in table order.
         about: facts for the head of the report, by name.
+        repeat: what repeats the study, as text.
     """
-    plot_loss(folder / places.LOSS_PLOT, runs)
-    plot_bars(folder / places.BARS_PLOT, runs)
-    names = titles(runs)
+    groups = group(runs)
+    chosen = at_their_best(groups)
+    images = {
+        "Loss against tokens and time": (places.LOSS_PLOT, plot_loss, chosen),
+        "Loss against throughput and cache": (places.TRADE_OFF_PLOT, plot_trade_offs, chosen),
+        "Throughput and memory": (places.BARS_PLOT, plot_bars, chosen),
+        "Loss against learning rate": (places.RATES_PLOT, plot_rates, groups),
+    }
+    if not any("lr" in each.point for each in groups):
+        del images["Loss against learning rate"]
+        (folder / places.RATES_PLOT).unlink(missing_ok=True)
+    for path, plot, drawn in images.values():
+        plot(folder / path, drawn)
     lines = ["# Attention ablation", ""]
-    lines += [f"- {name}: {value}" for name, value in about.items()]
-    lines += ["", "| " + " | ".join(names) + " |"]
-    lines += ["|:--" + "|--:" * (len(names) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(runs)]
-    lines += ["", NOTE, ""]
-    lines += [f"- {line}" for line in (*unfinished_lines(runs), *best_lines(runs))]
-    lines += ["", f"![Loss against tokens]({places.LOSS_PLOT})"]
-    lines += ["", f"![Throughput and memory]({places.BARS_PLOT})"]
-    sampled = [run for run in runs if run.sample is not None]
+    verdicts = (*unfinished_lines(runs), *best_lines(chosen), *verdict_lines(groups))
+    lines += [f"- {line}" for line in verdicts]
+    names = titles(groups)
+    lines += ["", "| " + " | ".join(names) + " |", "|:--" + "|--:" * (len(names) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(groups)]
+    lines += ["", note(groups)]
+    for title, (path, _, _) in images.items():
+        lines += ["", f"![{title}]({path})"]
+    sampled = [each.finished[0] for each in chosen if each.finished and each.finished[0].sample]
     if sampled:
         lines += ["", "## Samples", "", SAMPLES]
     for run in sampled:
         lines += ["", f"{run.title}:", "", "```text", sample_text(run), "```"]
+    lines += ["", "## To repeat it", ""]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    lines += ["", "```toml", repeat.strip(), "```"]
     text = "\n".join(lines) + "\n"
     write_atomically(folder / places.REPORT, lambda file: file.write(text.encode()))
+    page = _page(text, folder)
+    write_atomically(folder / places.PAGE, lambda file: file.write(page.encode()))
 
 
 SAMPLES = (
@@ -178,3 +260,19 @@ def sample_text(run: Run) -> str:
     """A run's prompt and continuation, with marks where the prompt ends and for blank lines."""
     text = f"{run.prompt}⟫{run.sample}".replace("```", "` ` `")
     return "\n".join(line if line.strip() else "⏎" for line in text.split("\n"))
+
+
+def _page(markdown: str, folder: Path) -> str:
+    """The report as one HTML file, its images inside."""
+
+    def inside(found: re.Match[str]) -> str:
+        content = base64.b64encode((folder / html.unescape(found[1])).read_bytes()).decode()
+        return f'src="data:image/png;base64,{content}"'
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    body = re.sub(r'src="([\w.]+\.png)"', inside, body)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    return (
+        f"<!doctype html><html lang=en><head>{head}<title>Attention ablation</title>"
+        f"<style>{STYLE}</style></head><body>{body}</body></html>\n"
+    )

@@ -19,8 +19,10 @@ from rich.console import Console
 from smollm.data import Corpus, load_corpus
 from smollm.files import write_json
 from smollm.studies import report
+from smollm.studies.compare import at_their_best, group
 from smollm.studies.folder import RESULTS, claimed, clear, read_runs
-from smollm.studies.plan import Cell, cells, parse, write_plan
+from smollm.studies.join import write_joined
+from smollm.studies.plan import Cell, cells, parse, plan_text, write_plan
 from smollm.training.checks import check_config
 from smollm.training.config import Config
 from smollm.training.display import make_progress
@@ -42,18 +44,24 @@ class _Console(Console):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run train.py's command line, by default the process's.
+    """Run train.py's command line, by default the process's: `[study FILE | report] [flags]`.
 
     Returns:
         The exit status: 0, all runs finished and their results are written; 1, some run failed
         or diverged, or results could not be written; 2, the flags, the data or the output folder
         were refused, in a line on stderr, before any work; 130, interrupted.
     """
-    console = _Console()
-    with Interrupts(ends_process=argv is None) as interrupts, ExitStack() as claim:
+    console, ends_process = _Console(), argv is None
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with Interrupts(ends_process=ends_process) as interrupts, ExitStack() as claim:
         try:
             with interrupts.released():
-                config = parse(sys.argv[1:] if argv is None else argv)
+                if argv[:1] == ["report"]:
+                    folder, runs = write_joined(argv[1:])
+                    show(console, runs)
+                    _say(console, f"Report in {folder}/")
+                    return OK
+                config = parse(argv)
                 check(config)
                 names, resume = [cell.name for cell in cells(config)], config.resume is not None
                 claim.enter_context(
@@ -147,7 +155,7 @@ def run_study(
         with Interrupts() as own:
             return run_study(config, corpus, device, console, own)
     about = describe(config, corpus, device)
-    for name, value in headline(about).items():
+    for name, value in report.headline(about).items():
         _say(console, f"{name}: {value}")
     planned = cells(config)
     kept = read_runs(config.output_dir) if config.resume else {}
@@ -180,13 +188,11 @@ def run_study(
     if not runs:
         _say(console, "Interrupted. No run had begun, so there are no results.")
         return INTERRUPTED
-    console.print(report.table(runs))
-    for line in (*report.unfinished_lines(runs), *report.best_lines(runs)):
-        _say(console, line)
+    show(console, runs)
     unwritten = None
     try:
         _write_results(config.output_dir, runs, about)
-        report.write_report(config.output_dir, runs, headline(about))
+        report.write_report(config.output_dir, runs, report.headline(about), plan_text(config))
     except OSError as error:
         unwritten = error
     interrupted = interrupted or interrupts.requested
@@ -205,6 +211,15 @@ def run_study(
 
 def _ordered(runs: dict[str, Run], planned: list[Cell]) -> list[Run]:
     return [runs[cell.name] for cell in planned if cell.name in runs]
+
+
+def show(console: Console, runs: Sequence[Run]) -> None:
+    """Print the table, how runs ended, and what their losses say."""
+    groups = group(runs)
+    console.print(report.table(groups))
+    lines = report.unfinished_lines(runs), report.best_lines(at_their_best(groups))
+    for line in (*lines[0], *lines[1], *report.verdict_lines(groups)):
+        _say(console, line)
 
 
 def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, Any]:
@@ -231,25 +246,6 @@ def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, 
     }
 
 
-def headline(about: dict[str, Any]) -> dict[str, str]:
-    """The facts that stand above a study's table."""
-    corpus, train = about["corpus"], about["config"]["train"]
-    lines = {
-        "Corpus": f"{corpus['name']} (sha256 {corpus['sha256'][:12]}), "
-        f"{corpus['train_tokens']:,} training tokens, vocabulary {corpus['vocab_size']:,}",
-        "Run": f"preset {about['config']['preset']}, {train['steps']:,} steps of "
-        f"{train['batch_size'] * train['grad_accum']} x {train['seq_len']} tokens, "
-        f"seed {train['seed']}",
-        "Device": f"{about['device']}, torch {about['versions']['torch']}",
-    }
-    if corpus["name"] == "builtin":
-        lines["Note"] = (
-            "the built-in corpus proves the pipeline, not an architecture; "
-            "`python -m smollm.data --corpus fineweb-edu-dedup --shards 2` prepares a real one"
-        )
-    return lines
-
-
 def git_commit() -> str | None:
     """The source's commit, with "-dirty" when files differ from it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -269,8 +265,9 @@ def _say(console: Console, text: str) -> None:
 
 def _write_results(folder: Path, runs: list[Run], about: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
+    best = report.best(at_their_best(group(runs)))
     measured = {run.name: run.plain for run in runs}
-    write_json(folder / RESULTS, {**about, "runs": measured, "best": report.best(runs)})
+    write_json(folder / RESULTS, {**about, "runs": measured, "best": best})
 
 
 def _version(package: str) -> str | None:

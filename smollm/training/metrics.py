@@ -127,9 +127,11 @@ class Stopwatch:
         """Leave out what happens inside."""
         synchronize(self._device)
         began = time.perf_counter()
-        yield
-        synchronize(self._device)
-        self._started += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            synchronize(self._device)
+            self._started += time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:

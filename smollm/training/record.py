@@ -18,6 +18,7 @@ class Record:
     loss: float  # of the step's batch, nats per token
     lr: float
     gradient_norm: float  # before clipping
+    seconds: float  # of training until here, without validations and checkpoints
     tokens_per_second: float | None = None  # since the record before
     val_loss: float | None = None
     perplexity: float | None = None
@@ -61,7 +62,8 @@ class Run:
     perplexity: float | None = None
     bits_per_byte: float | None = None
     tokens_per_second: float | None = None
-    timed_steps: int = 0  # behind tokens_per_second: no first steps, validations, checkpoints
+    train_seconds: float = 0.0  # without validations and checkpoints
+    timed_steps: int = 0  # those behind tokens_per_second: not the first ones
     timed_seconds: float = 0.0
     loader_seconds: float = 0.0  # of all steps, waited for their batches
     mfu: float | None = None  # of the GPU's datasheet bf16 rate

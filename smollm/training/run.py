@@ -111,6 +111,7 @@ class _Training:
     ) -> None:
         self._run, self._config, self._corpus, self._device = run, config.train, corpus, device
         self._interrupts = interrupts
+        run.config = identity(run.mechanism, config, corpus, device)
         torch.manual_seed(config.train.seed)
         self.model = build_model(run.mechanism, config.model, corpus.vocab_size).to(device)
         self._network: Callable[..., Any] = (
@@ -119,7 +120,8 @@ class _Training:
         self._optimizer = make_optimizer(self.model, config.train)
         self._unread: list[Tensor] = []  # loss and gradient norm of each step
         self._watch = metrics.Stopwatch(device)
-        run.config = identity(run.mechanism, config, corpus, device)
+        self._watch.start()
+        self._seconds_before = 0.0  # of training, in processes before
         run.parameters = self.model.count_parameters()
         run.flops_per_token = 3 * self.model.flops_per_token(config.train.seq_len)
         folder = config.output_dir / checkpoint_folder(run.name)
@@ -132,11 +134,13 @@ class _Training:
             self.model.load_state_dict(content["model"])
             self._optimizer.load_state_dict(content["optimizer"])
             self._run.take(vars(Run.of(content["run"])))
+            self._seconds_before = self._run.train_seconds
             say(f"going on after step {self._run.steps:,}")
 
     def save(self) -> None:
         """Save a checkpoint of where the run stands, unless it diverged."""
         self._read()
+        self._run.train_seconds = self._seconds_before + self._watch.seconds()
         if self._run.status != "diverged":
             run = self._run.plain | {"status": "running"}
             states = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
@@ -146,8 +150,9 @@ class _Training:
         """Take the steps that are left, and yield the records that are due."""
         run, config = self._run, self._config
         self._timed_from = min(run.steps + UNTIMED_STEPS, config.steps - 1)
-        self._timed = 0, 0.0  # steps and seconds up to the record before
+        self._timed = 0, 0.0  # steps and seconds up to the record before, of those that count
         saved = run.steps
+        self._watch.start()
         self.model.train()
         with Loader(self._corpus, config, self._device) as loader:
             while True:
@@ -167,7 +172,7 @@ class _Training:
         run, config = self._run, self._config
         step, waited = run.steps, loader.seconds_waited
         if step == self._timed_from:
-            self._watch.start()
+            self._timed = step, self._watch.seconds()
         began = time.perf_counter()
         seed_step(config.seed, step)
         rate = learning_rate(step, config)
@@ -219,13 +224,16 @@ class _Training:
         run, config = self._run, self._config
         step = run.steps + (run.status == "diverged")
         rate = learning_rate(step - 1, config)
-        record = Record(step, self._tokens(step), run.loss, rate, run.gradient_norm)
+        seconds = self._watch.seconds()
+        run.train_seconds = self._seconds_before + seconds
+        record = Record(
+            step, self._tokens(step), run.loss, rate, run.gradient_norm, run.train_seconds
+        )
         if run.status == "diverged":
             return record
         if run.steps > self._timed_from:
-            steps, seconds = run.steps - self._timed_from, self._watch.seconds()
-            passed, took = steps - self._timed[0], seconds - self._timed[1]
-            self._timed = steps, seconds
+            passed, took = run.steps - self._timed[0], seconds - self._timed[1]
+            self._timed = run.steps, seconds
             run.timed_steps, run.timed_seconds = run.timed_steps + passed, run.timed_seconds + took
             record.tokens_per_second = self._tokens(passed) / took
             run.tokens_per_second = self._tokens(run.timed_steps) / run.timed_seconds

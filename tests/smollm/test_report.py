@@ -8,6 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from smollm.studies import plots, report
+from smollm.studies.compare import group
 from smollm.training.record import Record, Run
 
 MIB = 2**20
@@ -23,13 +24,13 @@ def made(mechanism, *, final=2.0, speed=1000.0, memory=100 * MIB, device="cuda",
         loss = final + (8 - final) * math.exp(-step / 30)
         noisy = loss + random.normal(0, 0.15)
         rate = speed * (1 + jitter * (-1) ** (step // 5))
-        record = Record(step, 1000 * step, noisy, 1e-3, 1.0, tokens_per_second=rate)
+        record = Record(step, 1000 * step, noisy, 1e-3, 1.0, 0.1 * step, tokens_per_second=rate)
         if step % 40 == 0:
             record.val_loss = run.val_loss = loss
         run.history.append(record)
     if status == "diverged":
         run.error = "loss nan"
-        run.history.append(Record(end + 1, 1000 * end + 1000, math.nan, 1e-3, math.nan))
+        run.history.append(Record(end + 1, 1000 * end + 1000, math.nan, 1e-3, math.nan, end))
     return run
 
 
@@ -41,9 +42,9 @@ def test_memory_has_a_winner_beyond_noise(device, ours, theirs, clear):
     runs = [made("mha", memory=int(theirs * MIB), device=device)]
     runs.append(made("gqa", memory=int(ours * MIB), device=device))
     for order in (runs, runs[::-1]):
-        assert report.best(order)["memory"] == ("gqa" if clear else None)
+        assert report.best(group(order))["memory"] == ("GQA" if clear else None)
     line = "GQA" if clear else "no clear winner, the gap is within noise"
-    assert f"Best model by memory: {line}" in report.best_lines(runs)
+    assert f"Best model by memory: {line}" in report.best_lines(group(runs))
 
 
 @pytest.mark.parametrize(("device", "ours", "jitter", "clear"), [
@@ -55,18 +56,18 @@ def test_throughput_has_a_winner_beyond_noise(device, ours, jitter, clear):
     runs = [made("mha", device=device, jitter=jitter)]
     runs.append(made("gqa", speed=ours, device=device, jitter=jitter))
     for order in (runs, runs[::-1]):
-        assert report.best(order)["throughput"] == ("gqa" if clear else None)
+        assert report.best(group(order))["throughput"] == ("GQA" if clear else None)
 
 
 def test_few_measurements_name_no_faster_one():
     runs = [made("mha", end=15), made("gqa", end=15, speed=3000.0)]
-    assert report.best(runs)["throughput"] is None
+    assert report.best(group(runs))["throughput"] is None
 
 
 def test_only_finished_runs_win():
     runs = [made("mha", final=1.0, status="diverged"), made("gqa"), made("mla", final=3.0)]
-    assert report.best(runs)["loss"] == "gqa"
-    assert report.best(runs[:1]) == {}
+    assert report.best(group(runs))["loss"] == "GQA"
+    assert report.best(group(runs[:1])) == {}
 
 
 def test_the_table_says_how_runs_ended():
@@ -74,7 +75,7 @@ def test_the_table_says_how_runs_ended():
     failed.fail(MemoryError())
     runs = [made("mha"), made("gqa", status="diverged", end=90), failed]
     runs.append(Run("mga", "cuda", status="interrupted"))
-    assert [row[0] for row in report.rows(runs)] == [
+    assert [row[0] for row in report.rows(group(runs))] == [
         "MHA", "GQA (diverged)", "MLA (failed)", "MGA (interrupted)"
     ]  # fmt: skip
     assert report.unfinished_lines(runs) == [
@@ -86,9 +87,9 @@ def test_the_table_says_how_runs_ended():
 
 def test_the_cache_names_its_type():
     run = made("mha")
-    assert "Cache B/tok" in report.titles([run])
+    assert "Cache B/tok" in report.titles(group([run]))
     run.cache_dtype = "bf16"
-    assert "Cache B/tok (bf16)" in report.titles([run, Run("gqa", "cuda")])
+    assert "Cache B/tok (bf16)" in report.titles(group([run, Run("gqa", "cuda")]))
 
 
 def test_samples_mark_prompt_and_blank_lines():
@@ -104,8 +105,8 @@ def drawn(tmp_path, monkeypatch):
     def draw(runs):
         kept = []
         monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
-        plots.plot_loss(tmp_path / "loss.png", runs)
-        (axes,) = kept[0].axes
+        plots.plot_loss(tmp_path / "loss.png", group(runs))
+        axes, _ = kept[0].axes
         plots.plt.close(kept[0])
         assert isinstance(axes, Axes)
         return axes
@@ -149,7 +150,7 @@ def test_seeds_are_a_band(drawn):
     [made("mha", end=5)],
 ], ids=["none", "failed", "diverged-at-once", "one-record"])  # fmt: skip
 def test_reports_of_little_are_written(runs, tmp_path):
-    report.write_report(tmp_path, runs, {"Corpus": "made up"})
-    for name in ("loss.png", "speed_and_memory.png"):
+    report.write_report(tmp_path, runs, {"Corpus": "made up"}, "steps = 160")
+    for name in ("loss.png", "speed_and_memory.png", "trade_offs.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^\| Model \| Loss \|", (tmp_path / "report.md").read_text(), re.MULTILINE)

@@ -20,7 +20,8 @@ FLAGS = [
     "--steps=7", "--save-every=2", "--log-every=2", "--val-every=3", "--dropout=0.1",
 ]  # fmt: skip
 TIMES = {"tokens_per_second", "generation_tokens_per_second", "seconds", "timed_steps", "mfu",
-         "timed_seconds", "loader_seconds", "first_step_seconds", "peak_memory_bytes"}  # fmt: skip
+         "timed_seconds", "train_seconds", "loader_seconds", "first_step_seconds",
+         "peak_memory_bytes"}  # fmt: skip
 
 # Each attempt is a fork of one process that has imported everything and computed nothing.
 HARNESS = """

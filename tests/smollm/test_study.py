@@ -38,7 +38,7 @@ def results(data_dir, tmp_path_factory):
 def test_the_results_are_all_there(results):
     names = {path.name for path in results.iterdir()}
     expected = {"ablation_results.json", "report.md", "loss.png", "speed_and_memory.png"}
-    expected |= {"study.toml"}
+    expected |= {"study.toml", "report.html", "trade_offs.png"}
     expected |= {f"{m}_model.pt" for m in MECHANISMS} | set(MECHANISMS) | {"console.txt"}
     assert names == expected
     content = json.loads((results / "ablation_results.json").read_text())
@@ -65,7 +65,10 @@ def test_the_console_ends_with_table_and_winners(results):
     text = (results / "console.txt").read_text()
     for title, _, _ in report.COLUMNS:
         assert title in text
-    assert re.search(r"Best model by loss: \w{3}\nBest model by throughput: ", text)
+    assert re.search(
+        r"Best model by loss: \w{3}, of one seed each\nBest model by throughput: ", text
+    )
+    assert "No spread is known of one seed: `--seeds 1 2 3`" in text
     assert text.endswith(f"Results in {results}/\n")
     command = "`python -m smollm.data --corpus fineweb-edu-dedup --shards 2`"
     assert any(command in line for line in text.splitlines())
@@ -76,7 +79,9 @@ def test_the_report_holds_table_and_plots(results):
     assert text.count("\n| ") == 5
     for image in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (results / image).read_bytes().startswith(b"\x89PNG")
-    assert len(re.findall(r"!\[", text)) == 2
+    assert len(re.findall(r"!\[", text)) == 3
+    page = (results / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3 and "<td" in page and ".png" not in page
 
 
 def test_saved_models_load(results):
@@ -392,7 +397,7 @@ def test_a_study_outlives_what_reads_its_output(data_dir, tmp_path):
     with train_py(tiny(["--variants", "gqa", "--steps=2"], data_dir, tmp_path)) as process:
         process.stdout.close()
         assert process.wait(timeout=120) == 0
-    assert json.loads((tmp_path / "ablation_results.json").read_text())["best"]["loss"] == "gqa"
+    assert json.loads((tmp_path / "ablation_results.json").read_text())["best"]["loss"] == "GQA"
 
 
 @pytest.mark.parametrize(("what", "number"), [("loss", math.nan), ("gradient", math.inf)])
