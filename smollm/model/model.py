@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import check_cu_seqlens
 from smollm.attention.base import NORM_EPS, Attention, Linear, dropout_layer, initialise
@@ -65,7 +66,13 @@ def create_smollm_with_attention(
 
 
 class SmolLM(Generator):
-    """A causal language model; see `create_smollm_with_attention` for the arguments."""
+    """A causal language model; see `create_smollm_with_attention` for the arguments.
+
+    With `activation_checkpointing` training keeps each block's input alone and computes the block
+    again in the backward.
+    """
+
+    activation_checkpointing = False
 
     def __init__(
         self,
@@ -211,7 +218,10 @@ class SmolLM(Generator):
         x = self.dropout(self.embed_tokens(input_ids))
         rope = self.attentions[0].rope(positions)
         for index, block in enumerate(self.layers):
-            x = block(x, rope, cu_seqlens, None if cache is None else cache.layers[index])
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(block, x, rope, cu_seqlens, use_reentrant=False)
+            else:
+                x = block(x, rope, cu_seqlens, None if cache is None else cache.layers[index])
         x = self.norm(x)
         if cache is not None:
             cache.commit()

@@ -235,6 +235,7 @@ def write_report(folder: Path, runs: Sequence[Run], about: dict[str, str], repea
     lines += ["", "| " + " | ".join(names) + " |", "|:--" + "|--:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(groups)]
     lines += ["", note(groups)]
+    lines += _inference(chosen)
     for title, (path, _, _) in images.items():
         lines += ["", f"![{title}]({path})"]
     sampled = [each.finished[0] for each in chosen if each.finished and each.finished[0].sample]
@@ -260,6 +261,19 @@ def sample_text(run: Run) -> str:
     """A run's prompt and continuation, with marks where the prompt ends and for blank lines."""
     text = f"{run.prompt}⟫{run.sample}".replace("```", "` ` `")
     return "\n".join(line if line.strip() else "⏎" for line in text.split("\n"))
+
+
+def _inference(groups: Sequence[Group]) -> list[str]:
+    """A table of prefill and decoding at each context, of the first run that finished."""
+    names = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    lines = []
+    for each in groups:
+        for measured in each.finished[0].inference if each.finished else ():
+            cells = ("-" if (rate := measured[name]) is None else f"{rate:,.0f}" for name in names)
+            lines.append(f"| {each.title} | {measured['context']:,} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return ["", "| Model | Context | Prefill tok/s | Decode tok/s |", "|:--|--:|--:|--:|", *lines]
 
 
 def _page(markdown: str, folder: Path) -> str:

@@ -45,9 +45,14 @@ class TrainConfig:
     """Peak learning rate."""
     warmup_steps: Annotated[int, Range(0, LARGEST)] = 50
     """Steps of linear warm-up, at most all."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """The rate after the warm-up: flat, then linear to 0 ("wsd"); half a cosine to 0; flat."""
     decay_fraction: Annotated[float, Range(0, 1)] = 0.2
-    """Last part of the steps, in which the rate falls linearly to 0; where it overlaps the
-    warm-up, the lower rate holds."""
+    """Last part of the steps, in which "wsd" falls linearly to 0; where it overlaps the warm-up,
+    the lower rate holds."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon": Muon for the blocks' matrices, its updates scaled to AdamW's size; AdamW for the
+    rest."""
     beta1: Annotated[float, Range(0, 1, "[)")] = 0.9
     """AdamW's first moment."""
     beta2: Annotated[float, Range(0, 1, "[)")] = 0.95
@@ -64,8 +69,11 @@ class TrainConfig:
     """"auto" is a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the forward pass; weights stay fp32. "auto": bfloat16 on a GPU, float32 on a CPU."""
-    compile: bool = False
-    """Run the model through torch.compile."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Run the training step's model through torch.compile. "auto": on a GPU."""
+    activation_checkpointing: bool = False
+    """Keep a block's input alone and compute the block again in the backward: less memory, about
+    a third more work."""
     log_every: Annotated[int, Range(1, LARGEST)] = 10
     """Steps between training records."""
     val_every: Annotated[int, Range(1, LARGEST)] = 250
@@ -78,6 +86,8 @@ class TrainConfig:
     """Checkpoints that a run keeps until it has finished, the latest ones."""
     generate_tokens: Annotated[int, Range(0, LARGEST)] = 128
     """Tokens generated after training, to measure speed and show a sample."""
+    contexts: Annotated[tuple[int, ...], Range(1, LARGEST)] = (128, 1024)
+    """Prompts of so many tokens measure prefill and decoding, where the model has room."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,23 @@ from smollm.training.config import TrainConfig
 from smollm.training.loader import Batch
 from smollm.training.record import Record
 
-# Dense bf16 FLOP/s by the vendors' datasheets, for MFU.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}
+# Dense TFLOP/s by the vendor's datasheets: bf16, tf32, fp32. The first name that fits counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": (756, 378, 51),
+    "H100 NVL": (835, 418, 60),
+    "H100": (989, 495, 67),
+    "H200": (989, 495, 67),
+    "B200": (2250, 1125, 75),
+    "A100": (312, 156, 19.5),
+    "A10": (125, 62.5, 31.2),
+    "L40S": (362, 183, 91.6),
+    "L40": (181, 90.5, 90.5),
+    "L4": (121, 60, 30.3),
+    "A6000": (155, 77, 38.7),
+    "RTX 5090": (209.5, 104.8, 104.8),
+    "RTX 4090": (165.2, 82.6, 82.6),
+    "RTX 3090": (71, 35.6, 35.6),
+}
 
 
 class MetricsLog:
@@ -140,12 +155,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Datasheet bf16 FLOP/s of a GPU, None when unknown."""
+def peak_flops(device: torch.device, config: TrainConfig) -> float | None:
+    """Datasheet FLOP/s of a GPU in the type of the forward pass, None when unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+    rates = next((rates for part, rates in PEAK_TFLOPS.items() if part in name), None)
+    if rates is None:
+        return None
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return 1e12 * rates[0 if in_bfloat16(config, device) else 2 if exact else 1]
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent in torch.compile."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("entire_frame_compile", 0.0))
 
 
 def check_targets(corpus: Corpus, config: TrainConfig) -> None:
@@ -245,8 +271,37 @@ def generation(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, 
     read = corpus.tokenizer.decode
     return {
         "generation_tokens_per_second": new / seconds if new else None,
+        "inference": _inference(model, corpus, config),
         "cache_bytes_per_token": cache.bytes_per_token,
         "cache_dtype": "bf16" if in_bfloat16(config, device) else "fp32",
         "prompt": read(ids[0, : prompt.shape[1]].tolist()),
         "sample": read(ids[0, prompt.shape[1] :].tolist()),
     }
+
+
+def _inference(model: SmolLM, corpus: Corpus, config: TrainConfig) -> list[dict[str, float | None]]:
+    """Tokens per second of one sequence at each context: of the prompt, then of each new token."""
+    device, new = model.embed_tokens.weight.device, config.generate_tokens
+    found: list[dict[str, float | None]] = []
+    for context in config.contexts:
+        if context + new > model.max_seq_len or context > corpus.val.tokens or new < 2:
+            continue
+        prompt = next(corpus.val.sequential(1, context)).to(device)
+
+        def seconds(tokens: int, prompt: Tensor = prompt) -> float:
+            synchronize(device)
+            start = time.perf_counter()
+            model.generate(prompt, tokens)
+            synchronize(device)
+            return time.perf_counter() - start
+
+        with autocast(config, device), torch.no_grad():
+            seconds(2)
+            first, all_of_them = seconds(1), seconds(new)
+        rest = all_of_them - first
+        found.append({
+            "context": context,
+            "prefill_tokens_per_second": context / first,
+            "decode_tokens_per_second": (new - 1) / rest if rest > 0 else None,
+        })  # fmt: skip
+    return found

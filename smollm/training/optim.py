@@ -1,5 +1,6 @@
 """A step of optimisation: its rate, its gradients, its optimizer."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,31 +12,89 @@ from smollm.training.config import TrainConfig
 from smollm.training.loader import Batch
 from smollm.training.metrics import autocast
 
+MUON_MOMENTUM = 0.95  # of its paper
+
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Warm-up, stable, decay: linear up to lr, flat, then linear towards 0 at the last step.
+    """The rate of a step, from 0: linear up to lr, then by the schedule.
 
-    Where warm-up and decay overlap, the lower of the two holds.
+    - "wsd": flat, then linear towards 0 at the last step; where that overlaps the warm-up, the
+      lower of the two holds.
+    - "cosine": lr (1 + cos(pi p)) / 2, with p the part of the steps after the warm-up that is over.
+    - "constant": flat.
     """
-    decay_steps = round(config.decay_fraction * config.steps)
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    decay = min(1.0, (config.steps - step) / max(1, decay_steps))
-    return config.lr * min(warmup, decay)
+    fall = 1.0
+    if config.schedule == "wsd":
+        decay_steps = round(config.decay_fraction * config.steps)
+        fall = min(1.0, (config.steps - step) / max(1, decay_steps))
+    elif config.schedule == "cosine" and step >= config.warmup_steps:
+        over = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+        fall = (1 + math.cos(math.pi * over)) / 2
+    return config.lr * min(warmup, fall)
 
 
-def make_optimizer(model: SmolLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on projections alone, not on embeddings, norms, biases, pressures."""
-    embedding = model.embed_tokens.weight
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.ndim >= 2 and p is not embedding]
-    others = [p for p in parameters if p.ndim < 2 or p is embedding]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+class Optimizers:
+    """AdamW, or Muon for the blocks' matrices beside AdamW for the rest, used as one.
+
+    Weight decay is on projections alone, not on embeddings, norms, biases, pressures. Muon
+    (Jordan et al., 2024) orthogonalises each update and scales it to the size of AdamW's
+    (Liu et al., 2025), so that both take one learning rate.
+    """
+
+    def __init__(self, model: SmolLM, config: TrainConfig) -> None:
+        embedding = model.embed_tokens.weight
+        parameters = list(model.parameters())
+        decayed = [p for p in parameters if p.ndim >= 2 and p is not embedding]
+        others = [p for p in parameters if p.ndim < 2 or p is embedding]
+        self._parts: list[torch.optim.Optimizer] = []
+        if config.optimizer == "muon":
+            matrices = [p for p in decayed if p is not model.lm_head.weight]
+            decayed = [p for p in decayed if p is model.lm_head.weight]
+            self._parts.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=config.lr,
+                    weight_decay=config.weight_decay,
+                    momentum=MUON_MOMENTUM,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._parts.append(
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=config.lr,
+                betas=(config.beta1, config.beta2),
+                eps=config.eps,
+                fused=True,
+            )
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of all parts."""
+        return [group for part in self._parts for group in part.param_groups]
+
+    def step(self, rate: float) -> None:
+        """Take a step at a learning rate, and drop the gradients."""
+        for group in self.param_groups:
+            group["lr"] = rate
+        for part in self._parts:
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The state of each part, for `load_state_dict`."""
+        return [part.state_dict() for part in self._parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Take up what `state_dict` gave."""
+        for part, state in zip(self._parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 def accumulate_gradients(

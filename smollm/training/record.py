@@ -66,14 +66,16 @@ class Run:
     timed_steps: int = 0  # those behind tokens_per_second: not the first ones
     timed_seconds: float = 0.0
     loader_seconds: float = 0.0  # of all steps, waited for their batches
-    mfu: float | None = None  # of the GPU's datasheet bf16 rate
+    mfu: float | None = None  # of the GPU's datasheet rate for the type of the forward pass
     first_step_seconds: float | None = None  # compilation included
+    compile_seconds: float = 0.0  # of all steps
     seconds: float | None = None
     peak_memory_bytes: int | None = None  # above what was in use before the model was built
     gradient_norm_mean: float | None = None  # of the steps after the warm-up, before clipping
     gradient_norm_max: float | None = None
     clipped_steps: int | None = None  # after the warm-up
-    generation_tokens_per_second: float | None = None
+    generation_tokens_per_second: float | None = None  # after a short prompt
+    inference: list[dict[str, float | None]] = field(default_factory=list)  # by context
     cache_bytes_per_token: int | None = None
     cache_dtype: str | None = None
     prompt: str | None = None

@@ -17,7 +17,7 @@ from smollm.training.config import Config
 from smollm.training.display import RunDisplay
 from smollm.training.interrupts import Interrupts
 from smollm.training.loader import Batch, Loader
-from smollm.training.optim import accumulate_gradients, learning_rate, make_optimizer
+from smollm.training.optim import Optimizers, accumulate_gradients, learning_rate
 from smollm.training.record import Record, Run, checkpoint_folder, log_file, model_file
 from smollm.training.state import Checkpoints, identity, seed_step
 
@@ -114,10 +114,13 @@ class _Training:
         run.config = identity(run.mechanism, config, corpus, device)
         torch.manual_seed(config.train.seed)
         self.model = build_model(run.mechanism, config.model, corpus.vocab_size).to(device)
-        self._network: Callable[..., Any] = (
-            torch.compile(self.model) if config.train.compile else self.model
+        self.model.activation_checkpointing = config.train.activation_checkpointing
+        compiled = config.train.compile == "on" or (
+            config.train.compile == "auto" and device.type == "cuda"
         )
-        self._optimizer = make_optimizer(self.model, config.train)
+        self._compile_seconds = metrics.compile_seconds if compiled else lambda: 0.0
+        self._network: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
+        self._optimizers = Optimizers(self.model, config.train)
         self._unread: list[Tensor] = []  # loss and gradient norm of each step
         self._watch = metrics.Stopwatch(device)
         self._watch.start()
@@ -132,7 +135,7 @@ class _Training:
         content = self._checkpoints.newest(say)
         if content is not None:
             self.model.load_state_dict(content["model"])
-            self._optimizer.load_state_dict(content["optimizer"])
+            self._optimizers.load_state_dict(content["optimizers"])
             self._run.take(vars(Run.of(content["run"])))
             self._seconds_before = self._run.train_seconds
             say(f"going on after step {self._run.steps:,}")
@@ -143,7 +146,7 @@ class _Training:
         self._run.train_seconds = self._seconds_before + self._watch.seconds()
         if self._run.status != "diverged":
             run = self._run.plain | {"status": "running"}
-            states = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+            states = {"model": self.model.state_dict(), "optimizers": self._optimizers.state_dict()}
             self._checkpoints.save(self._run.steps, {**states, "run": run})
 
     def records(self) -> Iterator[Record]:
@@ -176,16 +179,15 @@ class _Training:
         began = time.perf_counter()
         seed_step(config.seed, step)
         rate = learning_rate(step, config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        compiling = self._compile_seconds()
         batches: list[Batch] = loader.step(step)
         loss = accumulate_gradients(self._network, batches, config, self._device)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         with self._interrupts.held():  # a step is taken whole
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizers.step(rate)
             self._unread.append(torch.stack((loss, norm)))
             run.steps, run.tokens = step + 1, self._tokens(step + 1)
+            run.compile_seconds += self._compile_seconds() - compiling
             run.loader_seconds += loader.seconds_waited - waited
         if step == 0:
             metrics.synchronize(self._device)
@@ -237,7 +239,7 @@ class _Training:
             run.timed_steps, run.timed_seconds = run.timed_steps + passed, run.timed_seconds + took
             record.tokens_per_second = self._tokens(passed) / took
             run.tokens_per_second = self._tokens(run.timed_steps) / run.timed_seconds
-            peak = metrics.peak_flops(self._device)
+            peak = metrics.peak_flops(self._device, config)
             if peak is not None and run.flops_per_token is not None:
                 run.mfu = run.tokens_per_second * run.flops_per_token / peak
         if self._validation_due:

@@ -21,7 +21,7 @@ FLAGS = [
 ]  # fmt: skip
 TIMES = {"tokens_per_second", "generation_tokens_per_second", "seconds", "timed_steps", "mfu",
          "timed_seconds", "train_seconds", "loader_seconds", "first_step_seconds",
-         "peak_memory_bytes"}  # fmt: skip
+         "inference", "compile_seconds", "peak_memory_bytes"}  # fmt: skip
 
 # Each attempt is a fork of one process that has imported everything and computed nothing.
 HARNESS = """
@@ -103,12 +103,13 @@ def assert_same(folder, other):
         assert all(torch.equal(value, theirs[name][1][key]) for key, value in weights.items())
 
 
-@pytest.mark.parametrize(("variants", "kills"), [
-    (tuple(MECHANISMS), KILLS), (("gqa",), KILLS_OF_A_CHECKPOINT),
+@pytest.mark.parametrize(("flags", "kills"), [
+    (("--variants", *MECHANISMS), KILLS),
+    (("--variants=gqa", "--optimizer=muon", "--activation-checkpointing"), KILLS_OF_A_CHECKPOINT),
 ], ids=["anywhere", "in-a-checkpoint"])  # fmt: skip
-def test_a_study_killed_anywhere_ends_the_same_to_the_bit(variants, kills, data_dir, tmp_path):
+def test_a_study_killed_anywhere_ends_the_same_to_the_bit(flags, kills, data_dir, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = [*FLAGS, "--variants", *variants]
+    flags = [*FLAGS, *flags]
     attempts = [tiny(flags, data_dir, stopped), [f"--resume={stopped}"]]
     task = json.dumps([tiny(flags, data_dir, whole), attempts, kills])
     done = subprocess.run(

@@ -76,7 +76,8 @@ def test_the_console_ends_with_table_and_winners(results):
 
 def test_the_report_holds_table_and_plots(results):
     text = (results / "report.md").read_text()
-    assert text.count("\n| ") == 5
+    compared, inference = text.split("| Model |")[1:]
+    assert compared.count("\n| ") == 4 and inference.count("\n| ") == 8
     for image in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (results / image).read_bytes().startswith(b"\x89PNG")
     assert len(re.findall(r"!\[", text)) == 3
@@ -123,12 +124,28 @@ def test_accumulated_steps_equal_one_large_batch(data_dir, tmp_path):
         assert math.isclose(one["gradient_norm"], other["gradient_norm"], rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("flags", [["--document-mask"], ["--dtype=bfloat16"], ["--compile"]],
-                         ids=["document-mask", "bfloat16", "compile"])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    ["--document-mask"], ["--dtype=bfloat16"], ["--compile=on"], ["--optimizer=muon"],
+    ["--schedule=cosine"], ["--activation-checkpointing"],
+], ids=lambda flags: flags[0])  # fmt: skip
 def test_options_train(flags, data_dir, tmp_path, monkeypatch):
     """Compilation goes as far as the captured graph; generating code would take a minute."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    whole = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
     assert run(["--variants", "gqa", *flags], data_dir, tmp_path) == 0
+    result = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]["gqa"]
+    assert (result["compile_seconds"] > 0) == (flags == ["--compile=on"])
+
+
+def test_inference_is_measured_at_each_context(data_dir, tmp_path):
+    flags = ["--variants", "mga", "--contexts", "8", "100", "2047", "--steps=1", "--warmup-steps=0"]
+    assert run(flags, data_dir, tmp_path) == 0
+    result = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]["mga"]
+    assert [measured["context"] for measured in result["inference"]] == [8, 100]
+    for measured in result["inference"]:
+        assert measured["prefill_tokens_per_second"] > 0
+        assert measured["decode_tokens_per_second"] > 0
+    assert "| MGA | 100 |" in (tmp_path / "report.md").read_text()
 
 
 def test_training_lowers_the_loss(data_dir, tmp_path):
@@ -146,6 +163,7 @@ REFUSALS = [
     (["--window-size=0"], "window_size: expected in [1, 1e+09], got 0"),
     (["--seq-len=4096"], "seq_len: expected at most max_seq_len=2048, got 4096"),
     (["--seq-len=1"], "seq_len: expected in [2, 1e+09], got 1"),
+    (["--contexts", "128", "0"], "contexts: expected in [1, 1e+09], got 0"),
     (["--steps=0"], "steps: expected in [1, 1e+09], got 0"),
     (["--decay-fraction=1.5"], "decay_fraction: expected in [0, 1], got 1.5"),
     (["--num-heads=0"], "num_heads: expected in [1, 1e+06], got 0"),

@@ -20,8 +20,8 @@ from smollm.training import metrics
 from smollm.training.checks import check_config
 from smollm.training.config import PRESETS, Config, TrainConfig
 from smollm.training.interrupts import Interrupts
-from smollm.training.loader import Batch
-from smollm.training.optim import accumulate_gradients, learning_rate, make_optimizer
+from smollm.training.loader import Batch, Loader
+from smollm.training.optim import Optimizers, accumulate_gradients, learning_rate
 
 CPU = torch.device("cpu")
 
@@ -71,11 +71,101 @@ def test_the_schedule_warms_up_holds_and_decays():
     assert max(learning_rate(step, overlapping) for step in range(100)) == pytest.approx(1.0, 0.02)
 
 
+def test_a_cosine_falls_to_nothing_and_a_constant_stays():
+    config = TrainConfig(steps=110, warmup_steps=10, lr=2.0, schedule="cosine")
+    rates = [learning_rate(step, config) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 and rates[60] == pytest.approx(1.0)
+    assert 0 < rates[109] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
+    whole = dataclasses.replace(config, warmup_steps=110)
+    assert learning_rate(109, whole) == 2.0
+    flat = dataclasses.replace(config, schedule="constant")
+    assert [learning_rate(step, flat) for step in range(9, 110)] == [2.0] * 101
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_muon_takes_the_blocks_matrices(mechanism, tied):
+    config = dataclasses.replace(SMALL, tie_embeddings=tied)
+    model = build_model(mechanism, config, 50)
+    optimizers = Optimizers(model, TrainConfig(optimizer="muon"))
+    muon, *rest = optimizers.param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name}
+    assert {names[id(p)] for p in muon["params"]} == matrices
+    others = [id(p) for group in rest for p in group["params"]]
+    assert sorted(others + [id(p) for p in muon["params"]]) == sorted(names)
+    assert [group["weight_decay"] for group in rest] == ([0.0] if tied else [0.01, 0.0])
+
+
+def test_muon_steps_are_of_adamws_size():
+    """On a matrix whose gradient has any size: rms 0.2 of the rate, as AdamW's are about."""
+    model = build_model("mha", SMALL, 50)
+    weight = model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = 1e3 * torch.randn_like(parameter)
+    Optimizers(model, TrainConfig(optimizer="muon", weight_decay=0.0)).step(0.1)
+    step = (weight.detach() - before).square().mean().sqrt() / 0.1
+    assert 0.12 < step < 0.24 and weight.grad is None
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_activation_checkpointing_changes_no_gradient(mechanism, corpus):
+    shape = dataclasses.replace(SMALL, dropout=0.2, num_layers=3)
+    model = build_model(mechanism, shape, corpus.vocab_size)
+    ids = corpus.train.batch(0, 2, 32, seed=0)
+    kept, found = [], []
+    for model.activation_checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+        ):
+            loss = model(ids, labels=ids, with_logits=False)["loss"]
+        loss.backward()
+        kept.append(sum(sizes))
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_batches_are_those_of_their_steps_whatever_the_order(corpus):
+    config = TrainConfig(seq_len=16, batch_size=3, grad_accum=2, seed=4)
+    with Loader(corpus, config, CPU) as loader:
+        for step in (0, 1, 5, 6, 2):
+            for index, batch in enumerate(loader.step(step)):
+                expected = corpus.train.batch(2 * step + index, 3, 16, 4)
+                assert torch.equal(batch.ids, expected) and batch.cu_seqlens is None
+        assert loader.seconds_waited > 0
+
+
+def test_what_fails_in_the_loader_fails_the_step(corpus, monkeypatch):
+    def broken(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(corpus.train, "batch", broken)
+    with Loader(corpus, TrainConfig(), CPU) as loader, pytest.raises(OSError, match="disk is gone"):
+        loader.step(0)
+
+
+@pytest.mark.parametrize(("name", "dtype", "precision", "tera"), [
+    ("NVIDIA H100 80GB HBM3", "auto", "highest", 989), ("NVIDIA H100 PCIe", "auto", "high", 756),
+    ("NVIDIA A100-SXM4-80GB", "float32", "highest", 19.5), ("NVIDIA A10", "float32", "high", 62.5),
+    ("NVIDIA L40S", "bfloat16", "highest", 362), ("Unknown", "auto", "highest", None),
+])  # fmt: skip
+def test_the_peak_is_the_cards_in_its_type(name, dtype, precision, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    found = metrics.peak_flops(torch.device("cuda"), TrainConfig(dtype=dtype))
+    assert found == (None if tera is None else tera * 1e12)
+    assert metrics.peak_flops(CPU, TrainConfig()) is None
+
+
 def test_what_decays():
     model = build_model("mga", SMALL, 50)
-    decayed, others = (
-        group["params"] for group in make_optimizer(model, TrainConfig()).param_groups
-    )
+    decayed, others = (group["params"] for group in Optimizers(model, TrainConfig()).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed) + len(others) == len(names)
     assert all(re.search(r"\.(w_\w|out_proj|\w+_proj)\.weight$", names[id(p)]) for p in decayed)
@@ -204,7 +294,7 @@ def changed(**fields):
 
 
 def test_every_number_has_a_range():
-    assert set(RANGES) == set(NUMBERS)
+    assert set(RANGES) == set(NUMBERS) | {"contexts"}
 
 
 @pytest.mark.parametrize("name", sorted(NUMBERS))
