@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ import tyro
 
 from smollm.attention import MECHANISMS
 from smollm.files import write_atomically
-from smollm.model.config import ModelConfig
+from smollm.model.config import ModelConfig, build_model
 from smollm.training.config import PRESETS, Config, Preset, TrainConfig
 
 PLAN = Path("study.toml")
@@ -74,6 +74,8 @@ def cells(config: Config) -> list[Cell]:
     values = {name: _values("grid", name, text.split(",")) for name, text in grid}
     if len(values) < len(grid):
         raise ValueError(f"grid: expected each field once, got {' '.join(config.grid)}")
+    if config.match != "none" and "ffn_hidden_dim" in values:
+        raise ValueError("match: expected no grid over ffn_hidden_dim, which it chooses, got one")
     overrides = {mechanism: dict[str, str]() for mechanism in MECHANISMS}
     for text in config.override:
         name, value = _assignment("override", text)
@@ -92,6 +94,11 @@ def cells(config: Config) -> list[Cell]:
             own = {name: value for name, value in point.items() if name in varied[mechanism]}
             flags = overrides[mechanism] | own | ({} if seed is None else {"seed": str(seed)})
             cell = Cell(mechanism, _changed(config, flags), own, seed)
+            if config.match != "none":
+                first = config.mechanisms[0]
+                other = {n: value for n, value in point.items() if n in varied[first]}
+                target = _changed(config, overrides[first] | other)
+                cell = replace(cell, config=_matched(cell, first, target))
             found.setdefault(cell.name, cell)
     return list(found.values())
 
@@ -104,7 +111,8 @@ def write_plan(folder: Path, config: Config) -> None:
 
 def plan_text(config: Config) -> str:
     """A file that `python train.py study` runs again; every field that makes results is in it."""
-    plain = {"preset": config.preset, "variants": config.mechanisms, "seeds": config.seeds}
+    plain: dict[str, Any] = {"preset": config.preset, "variants": config.mechanisms}
+    plain |= {"seeds": config.seeds, "match": config.match}
     lines = ["# python train.py study study.toml --output-dir FOLDER", ""]
     lines += _toml(plain | asdict(config.train) | config.model.flags)
     if config.grid:
@@ -144,6 +152,32 @@ def read_plan(path: Path) -> list[str]:
         f"{m}.{name}={_word(value)}" for m, table in tables.items() for name, value in table.items()
     ]
     return [*flags, *_flags("grid", points), *_flags("override", own)]
+
+
+def _matched(cell: Cell, first: str, target: Config) -> Config:
+    """The cell's config with the feed-forward width that comes closest to the first variant's cost.
+
+    A layer's cost is linear in that width, so that of two widths tells it.
+    """
+
+    def cost(mechanism: str, config: Config, width: int) -> int:
+        shape = replace(config.model, ffn_hidden_dim=width)
+        with torch.device("meta"):
+            model = build_model(mechanism, shape, vocab_size=1)
+        if config.match == "params":
+            return model.count_parameters()
+        return model.flops_per_token(config.train.seq_len)
+
+    wanted = cost(first, target, target.model.ffn_hidden_dim)
+    base = cost(cell.mechanism, cell.config, 1)
+    slope = cost(cell.mechanism, cell.config, 2) - base
+    width = 1 + round((wanted - base) / slope)
+    if width < 1:
+        raise ValueError(
+            f"match: expected room for a feed-forward layer in {cell.mechanism}, whose attention "
+            f"alone has more {target.match} than all of {first}"
+        )
+    return replace(cell.config, model=replace(cell.config.model, ffn_hidden_dim=width))
 
 
 def _with_flags(config: Config, flags: list[str]) -> Config:

@@ -108,6 +108,9 @@ class Config:
     example lr=1e-3,3e-3 window_size=64,256."""
     override: tuple[str, ...] = ()
     """Fields of one variant alone, each VARIANT.FIELD=VALUE, for example mga.lr=2e-3."""
+    match: Literal["none", "params", "flops"] = "none"
+    """Give every variant the feed-forward width with which it comes closest to the parameters, or
+    to the FLOPs per token, of the first one."""
     output_dir: Path = Path("ablation_results")
     """Folder of the results; one that holds an earlier study's is refused."""
     overwrite: bool = False

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from study_cases import tiny
 
 from smollm.attention import MECHANISMS
+from smollm.model.config import build_model
 from smollm.studies import study
 from smollm.studies.plan import PLAN, cells, parse, write_plan
 
@@ -61,7 +63,32 @@ def test_an_override_is_one_variants_own():
     assert {cell.config.train.lr for cell in swept if cell.mechanism == "mga"} == {1e-3, 4e-3}
 
 
+@pytest.mark.parametrize("what", ["params", "flops"])
+@pytest.mark.parametrize("preset", ["cpu", "smollm2-135m"])
+def test_variants_are_matched_to_the_first(what, preset):
+    flags = [f"--preset={preset}", f"--match={what}", "--grid", "window_size=64,None"]
+    costs = {}
+    for cell in cells(parse(flags)):
+        with torch.device("meta"):
+            model = build_model(cell.mechanism, cell.config.model, 4096)
+        flops = model.flops_per_token(cell.config.train.seq_len)
+        cost = model.count_parameters() if what == "params" else flops
+        costs.setdefault(cell.point.get("window_size"), []).append(cost)
+        if cell.mechanism == "mha":
+            assert cell.config.model.ffn_hidden_dim == parse(flags).model.ffn_hidden_dim
+    for found in costs.values():
+        assert max(found) / min(found) < 1.01 or len(found) == 1
+    assert len(costs["64"]) == len(costs["None"]) == 3
+
+
+def test_matching_needs_room(data_dir, tmp_path, capsys):
+    flags = ["--match=params", "--variants", "gqa", "mha", "--override", "gqa.ffn_hidden_dim=1"]
+    assert study.main(tiny(flags, data_dir, tmp_path)) == 2
+    assert "match: expected room for a feed-forward layer in mha" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "text"), [
+    (["--match=params", "--grid", "ffn_hidden_dim=8,9"], "match: expected no grid over ffn_hidden"),
     (["--grid", "lr"], "grid: expected FIELD=VALUE, got 'lr'"),
     (["--grid", "speed=1,2"], "grid: expected a field of training or of the model, got 'speed'"),
     (["--grid", "seed=1,2"], "grid: expected a field of training or of the model, got 'seed'"),
@@ -86,7 +113,8 @@ def test_what_makes_no_study_is_refused(flags, text, data_dir, tmp_path, capsys)
 @pytest.mark.parametrize("flags", [
     [], ["--preset=ablation"], ["--preset=smollm2-135m", "--clip=inf", "--document-mask"],
     ["--seeds", "1", "2", "--grid", "lr=1e-3,3e-3", "window_size=64,None", "bias=true,false",
-     "--override", "gqa.num_kv_heads=1", "mga.lr=1e-3", "--window-size=5", "--num-kv-heads=9"],
+     "--match=params", "--override", "gqa.num_kv_heads=1", "mga.lr=1e-3", "--window-size=5",
+     "--num-kv-heads=9"],
 ], ids=["default", "ablation", "135m", "all"])  # fmt: skip
 def test_a_study_is_a_file_that_runs_again(flags, tmp_path):
     config = parse(flags)
