@@ -69,13 +69,14 @@ STYLE = (
 def headline(about: dict[str, Any]) -> dict[str, str]:
     """The facts that stand above a study's table."""
     corpus, train = about["corpus"], about["config"]["train"]
+    several = f"{about['processes']} processes of " if about.get("processes", 1) > 1 else ""
     lines = {
         "Corpus": f"{corpus['name']} (sha256 {corpus['sha256'][:12]}), "
         f"{corpus['train_tokens']:,} training tokens, vocabulary {corpus['vocab_size']:,}",
         "Run": f"preset {about['config']['preset']}, {train['steps']:,} steps of "
         f"{train['batch_size'] * train['grad_accum']} x {train['seq_len']} tokens, "
         f"seed {', '.join(map(str, about['config']['seeds'] or [train['seed']]))}",
-        "Device": f"{about['device']}, torch {about['versions']['torch']}",
+        "Device": f"{several}{about['device']}, torch {about['versions']['torch']}",
     }
     if corpus["name"] == "builtin":
         lines["Note"] = (

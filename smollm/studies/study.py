@@ -28,6 +28,7 @@ from smollm.training.config import Config
 from smollm.training.display import make_progress
 from smollm.training.interrupts import Interrupts
 from smollm.training.metrics import check_targets
+from smollm.training.parallel import World, joined, leading
 from smollm.training.record import Run, checkpoint_folder
 from smollm.training.run import train_run
 from smollm.training.state import Checkpoints, clear_checkpoints, differences, identity
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     console, ends_process = _Console(), argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
-    with Interrupts(ends_process=ends_process) as interrupts, ExitStack() as claim:
+    with Interrupts(ends_process=ends_process) as interrupts, ExitStack() as held:
         try:
             with interrupts.released():
                 if argv[:1] == ["report"]:
@@ -63,22 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return OK
                 config = parse(argv)
                 check(config)
-                names, resume = [cell.name for cell in cells(config)], config.resume is not None
-                claim.enter_context(
-                    claimed(config.output_dir, names, overwrite=config.overwrite, resume=resume)
-                )
-                device, corpus = prepare(config)
-                if resume:
-                    check_same(config, corpus, device)
-            if not resume:
-                clear(config.output_dir)
+                world = held.enter_context(joined(config.train.device))
+                interrupts.polled = not world.alone
+                corpus = claim(config, world, held)
         except (ValueError, OSError) as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            if leading():
+                print(f"train.py: {error}", file=sys.stderr)
             return REFUSED
         except KeyboardInterrupt:
             print("train.py: interrupted, no run had begun", file=sys.stderr)
             return INTERRUPTED
-        return run_study(config, corpus, device, console, interrupts)
+        return run_study(config, corpus, world, console, interrupts)
 
 
 def check(config: Config) -> None:
@@ -94,6 +90,33 @@ def check(config: Config) -> None:
     check_config(config, vocab_size=1)
     for cell in cells(config):
         check_config(replace(cell.config, variants=(cell.mechanism,)), vocab_size=1)
+
+
+def claim(config: Config, world: World, held: ExitStack) -> Corpus:
+    """Hold the study's folder, load the corpus, and clear what an older study left.
+
+    Of several processes the first one does so, and all are told what it refuses.
+
+    Raises:
+        ValueError, OSError: the folder or the corpus is refused.
+    """
+    resume, refusal = config.resume is not None, None
+    if world.leads:
+        names = [cell.name for cell in cells(config)]
+        folder = claimed(config.output_dir, names, overwrite=config.overwrite, resume=resume)
+        try:
+            held.enter_context(folder)
+            corpus = prepare(config)
+            if resume:
+                check_same(config, corpus, world.device)
+            else:
+                clear(config.output_dir)
+        except (ValueError, OSError) as error:
+            refusal = error
+    refusal = world.share(refusal)
+    if refusal is not None:
+        raise refusal
+    return corpus if world.leads else prepare(config)
 
 
 def check_same(config: Config, corpus: Corpus, device: torch.device) -> None:
@@ -119,7 +142,7 @@ def check_same(config: Config, corpus: Corpus, device: torch.device) -> None:
         Checkpoints(config.output_dir / checkpoint_folder(cell.name), 1, about).check()
 
 
-def prepare(config: Config) -> tuple[torch.device, Corpus]:
+def prepare(config: Config) -> Corpus:
     """Load the data, and check that there is something to learn in it.
 
     Raises:
@@ -130,87 +153,136 @@ def prepare(config: Config) -> tuple[torch.device, Corpus]:
     for split in (corpus.train, corpus.val):
         split.num_windows(train.seq_len)
     check_targets(corpus, train)
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if train.device == "auto" else train.device), corpus
+    return corpus
 
 
 def run_study(
     config: Config,
     corpus: Corpus,
-    device: torch.device,
+    world: World,
     console: Console,
     interrupts: Interrupts | None = None,
 ) -> int:
     """Train the variants, keeping results current after each; returns `main`'s exit status.
 
-    It may run in any thread. Signals end it early, and wait while results are written.
+    It may run in any thread. Signals end it early, and wait while results are written. Of several
+    processes all call it, and the first one alone prints and writes.
 
     Args:
         config: a checked one.
-        corpus, device: `prepare`'s.
+        corpus: `prepare`'s.
+        world: where it runs.
         console: all output goes there.
         interrupts: entered; the study's own by default.
     """
     if interrupts is None:
         with Interrupts() as own:
-            return run_study(config, corpus, device, console, own)
-    about = describe(config, corpus, device)
-    for name, value in report.headline(about).items():
-        _say(console, f"{name}: {value}")
-    planned = cells(config)
-    kept = read_runs(config.output_dir) if config.resume else {}
-    with suppress(OSError):  # the last write of results tells
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_plan(config.output_dir, config)
-    interrupted = False
-    with make_progress(console) as progress:
-        for cell in planned:
-            checkpoints = config.output_dir / checkpoint_folder(cell.name)
-            if cell.name in kept and kept[cell.name].done:
-                clear_checkpoints(checkpoints)
-                continue
-            if interrupts.requested:
-                break
-            run = Run(cell.mechanism, device.type, cell.name, cell.point, cell.seed)
-            kept[cell.name] = run
-            train_run(
-                run, cell.config, corpus, device, progress, interrupts,
-                resume=config.resume is not None, git_commit=about["git_commit"],
-            )  # fmt: skip
-            with suppress(OSError):
-                _write_results(config.output_dir, _ordered(kept, planned), about)
-                if run.done:
-                    clear_checkpoints(checkpoints)
-            if run.status == "interrupted":
-                interrupted = True
-                break
-    runs = _ordered(kept, planned)
-    if not runs:
-        _say(console, "Interrupted. No run had begun, so there are no results.")
-        return INTERRUPTED
-    show(console, runs)
-    unwritten = None
-    try:
-        _write_results(config.output_dir, runs, about)
-        report.write_report(config.output_dir, runs, report.headline(about), plan_text(config))
-    except OSError as error:
-        unwritten = error
-    interrupted = interrupted or interrupts.requested
-    ending = "Interrupted. Results so far" if interrupted else "Results"
-    if unwritten:
-        _say(console, f"{ending} could not all be written to {config.output_dir}/: {unwritten}")
-    else:
-        _say(console, f"{ending} in {config.output_dir}/")
-    if interrupted and not all(cell.name in kept and kept[cell.name].done for cell in planned):
-        _say(console, f"`python train.py --resume {shlex.quote(str(config.output_dir))}` goes on.")
-    if interrupted:
-        return INTERRUPTED
-    finished = all(run.status == "finished" for run in runs)
-    return OK if finished and not unwritten else UNFINISHED
+            return run_study(config, corpus, world, console, own)
+    if not world.leads:
+        console = Console(quiet=True)
+    study = Study(config, corpus, world, console, interrupts)
+    interrupted = study.train()
+    return study.conclude(interrupted) if world.leads else INTERRUPTED if interrupted else OK
 
 
-def _ordered(runs: dict[str, Run], planned: list[Cell]) -> list[Run]:
-    return [runs[cell.name] for cell in planned if cell.name in runs]
+class Study:
+    """The runs of a study and what is known of them so far; the arguments are `run_study`'s."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        world: World,
+        console: Console,
+        interrupts: Interrupts,
+    ) -> None:
+        self._config, self._corpus, self._world = config, corpus, world
+        self._console, self._interrupts = console, interrupts
+        self._cells = cells(config)
+        self._about = describe(config, corpus, world)
+        leads = world.leads and config.resume is not None
+        self._runs = read_runs(config.output_dir) if leads else {}
+
+    def train(self) -> bool:
+        """Train what is left to train; whether a signal ended it early."""
+        folder, resume = self._config.output_dir, self._config.resume is not None
+        for name, value in report.headline(self._about).items():
+            _say(self._console, f"{name}: {value}")
+        if self._world.leads:
+            with suppress(OSError):  # the last write of results tells
+                folder.mkdir(parents=True, exist_ok=True)
+                write_plan(folder, self._config)
+        left = self._world.share([c.name for c in self._cells if not self._done(c)])
+        commit = self._about["git_commit"]
+        with make_progress(self._console) as progress:
+            for cell in self._cells:
+                if cell.name not in left:
+                    self._settle(cell)
+                    continue
+                if self._world.sum([self._interrupts.requested])[0]:
+                    return True
+                run = Run(cell.mechanism, self._world.device.type, cell.name, cell.point, cell.seed)
+                self._runs[cell.name] = run
+                train_run(
+                    run, cell.config, self._corpus, self._world, progress, self._interrupts,
+                    resume=resume, git_commit=commit,
+                )  # fmt: skip
+                with suppress(OSError):
+                    self._write_results()
+                    self._settle(cell)
+                if run.status == "interrupted":
+                    return True
+                if run.status == "failed" and not self._world.alone:
+                    break  # the processes are no longer at one step
+        return False
+
+    def conclude(self, interrupted: bool) -> int:
+        """Show and write what came of it; returns `main`'s exit status."""
+        folder, runs = self._config.output_dir, self._ordered
+        if not runs:
+            _say(self._console, "Interrupted. No run had begun, so there are no results.")
+            return INTERRUPTED
+        show(self._console, runs)
+        unwritten = None
+        try:
+            self._write_results()
+            head, text = report.headline(self._about), plan_text(self._config)
+            report.write_report(folder, runs, head, text)
+        except OSError as error:
+            unwritten = error
+        interrupted = interrupted or self._interrupts.requested
+        ending = "Interrupted. Results so far" if interrupted else "Results"
+        if unwritten:
+            _say(self._console, f"{ending} could not all be written to {folder}/: {unwritten}")
+        else:
+            _say(self._console, f"{ending} in {folder}/")
+        if interrupted and not all(self._done(cell) for cell in self._cells):
+            _say(self._console, f"`python train.py --resume {shlex.quote(str(folder))}` goes on.")
+        if interrupted:
+            return INTERRUPTED
+        finished = len(runs) == len(self._cells) and all(run.status == "finished" for run in runs)
+        return OK if finished and not unwritten else UNFINISHED
+
+    @property
+    def _ordered(self) -> list[Run]:
+        return [self._runs[cell.name] for cell in self._cells if cell.name in self._runs]
+
+    def _done(self, cell: Cell) -> bool:
+        return cell.name in self._runs and self._runs[cell.name].done
+
+    def _settle(self, cell: Cell) -> None:
+        """Remove the checkpoints of a run that needs none any more."""
+        if self._world.leads and self._done(cell):
+            clear_checkpoints(self._config.output_dir / checkpoint_folder(cell.name))
+
+    def _write_results(self) -> None:
+        if not self._world.leads:
+            return
+        folder, runs = self._config.output_dir, self._ordered
+        folder.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
+        best = report.best(at_their_best(group(runs)))
+        measured = {run.name: run.plain for run in runs}
+        write_json(folder / RESULTS, {**self._about, "runs": measured, "best": best})
 
 
 def show(console: Console, runs: Sequence[Run]) -> None:
@@ -222,13 +294,14 @@ def show(console: Console, runs: Sequence[Run]) -> None:
         _say(console, line)
 
 
-def describe(config: Config, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+def describe(config: Config, corpus: Corpus, world: World) -> dict[str, Any]:
     """Everything that a result depends on, as plain values."""
     packages = ("triton", "numpy", "einops", "tokenizers", "datasets")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
+        "processes": world.size,
         "device": gpu or f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
         "versions": {
             "python": platform.python_version(),
@@ -261,13 +334,6 @@ def git_commit() -> str | None:
 def _say(console: Console, text: str) -> None:
     """Print plain text, a path or a command of it never broken over lines."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _write_results(folder: Path, runs: list[Run], about: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
-    best = report.best(at_their_best(group(runs)))
-    measured = {run.name: run.plain for run in runs}
-    write_json(folder / RESULTS, {**about, "runs": measured, "best": best})
 
 
 def _version(package: str) -> str | None:

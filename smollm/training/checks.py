@@ -7,6 +7,7 @@ import torch
 from smollm.attention.options import LARGEST, ranges
 from smollm.model.config import build_model
 from smollm.training.config import Config
+from smollm.training.parallel import world_size
 
 
 def check_config(config: Config, vocab_size: int) -> None:
@@ -37,6 +38,16 @@ def check_config(config: Config, vocab_size: int) -> None:
         )
     if train.val_tokens < train.seq_len:
         raise ValueError(f"val_tokens: expected >= seq_len={train.seq_len}, got {train.val_tokens}")
+    processes = world_size()
+    if train.batch_size % processes and train.grad_accum % processes:
+        raise ValueError(
+            f"batch_size: expected a multiple of the {processes} processes, or grad_accum one, got "
+            f"{train.batch_size} and {train.grad_accum}"
+        )
+    if train.fsdp and train.optimizer == "muon":
+        raise ValueError(
+            "fsdp: expected optimizer 'adamw', since Muon needs whole matrices, got 'muon'"
+        )
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
     if config.only_mga and config.variants not in (Config.variants, ("mga",)):

@@ -74,6 +74,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep a block's input alone and compute the block again in the backward: less memory, about
     a third more work."""
+    fsdp: bool = False
+    """With several processes, shard the model over them (FSDP2) instead of a copy on each (DDP)."""
     log_every: Annotated[int, Range(1, LARGEST)] = 10
     """Steps between training records."""
     val_every: Annotated[int, Range(1, LARGEST)] = 250

@@ -18,6 +18,8 @@ class Interrupts:
         ends_process: nothing follows but the process's end, in which signals are ignored.
     """
 
+    polled = False  # nothing raises, `requested` is looked at: where processes stop together
+
     def __init__(self, *, ends_process: bool = False) -> None:
         self.requested = False  # whether a signal came
         self._raises = False
@@ -54,8 +56,8 @@ class Interrupts:
         self.check()
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came."""
-        if self.requested:
+        """Raise KeyboardInterrupt if a signal came, unless polled."""
+        if self.requested and not self.polled:
             self._raises = False
             raise KeyboardInterrupt
 

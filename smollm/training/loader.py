@@ -9,6 +9,7 @@ from torch import Tensor
 
 from smollm.data import Corpus, document_boundaries
 from smollm.training.config import TrainConfig
+from smollm.training.parallel import World
 
 
 class Batch(NamedTuple):
@@ -46,13 +47,15 @@ class Batch(NamedTuple):
 class Loader:
     """The micro-batches of each step; while one step runs, a thread makes those of the next.
 
+    Several processes share a step's micro-batches out among them, or else the rows of each.
+
     Args:
-        corpus, config, device: the run's.
+        corpus, config, world: the run's.
     """
 
-    def __init__(self, corpus: Corpus, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, corpus: Corpus, config: TrainConfig, world: World) -> None:
         self.seconds_waited = 0.0
-        self._corpus, self._config, self._device = corpus, config, device
+        self._corpus, self._config, self._world = corpus, config, world
         self._thread = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -63,7 +66,7 @@ class Loader:
         self._thread.shutdown(cancel_futures=True)
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of a step, by its number from 0."""
+        """This process's micro-batches of a step, by its number from 0."""
         began = time.perf_counter()
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._thread.submit(self._make, step)
@@ -73,10 +76,13 @@ class Loader:
         return batches
 
     def _make(self, step: int) -> list[Batch]:
-        config = self._config
+        config, world = self._config, self._world
+        indices = range(step * config.grad_accum, (step + 1) * config.grad_accum)
+        whole = config.grad_accum % world.size == 0
         batches = []
-        for index in range(step * config.grad_accum, (step + 1) * config.grad_accum):
+        for index in indices[world.rank :: world.size] if whole else indices:
             ids = self._corpus.train.batch(index, config.batch_size, config.seq_len, config.seed)
-            batch = Batch.of(ids, self._corpus.eos_id, config.document_mask)
-            batches.append(batch.pinned() if self._device.type == "cuda" else batch)
+            rows = ids if whole else ids[world.rank :: world.size].contiguous()
+            batch = Batch.of(rows, self._corpus.eos_id, config.document_mask)
+            batches.append(batch.pinned() if world.device.type == "cuda" else batch)
         return batches

@@ -20,6 +20,7 @@ from smollm.model import SmolLM
 from smollm.model.generate import evaluation_mode
 from smollm.training.config import TrainConfig
 from smollm.training.loader import Batch
+from smollm.training.parallel import World
 from smollm.training.record import Record
 
 # Dense TFLOP/s by the vendor's datasheets: bf16, tf32, fp32. The first name that fits counts.
@@ -193,27 +194,31 @@ def check_targets(corpus: Corpus, config: TrainConfig) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, float]:
+def evaluate(model: SmolLM, corpus: Corpus, config: TrainConfig, world: World) -> dict[str, float]:
     """Loss on held-out documents, in nats per token, as perplexity and in bits per byte.
 
     Windows of seq_len tokens, at most val_tokens, come from all over the split. Each predicts all
     its tokens but the first; the bytes are those of the predicted tokens, so bits per byte compare
-    across tokenizers.
+    across tokenizers. Several processes share the windows out among them.
 
     Raises:
         ValueError: no token that stands for text is predicted.
     """
-    device = model.embed_tokens.weight.device
-    token_bytes = corpus.token_bytes
-    nats, targets, size = 0.0, 0, 0
+    device, token_bytes = world.device, corpus.token_bytes
+    batches = list(_held_out(corpus, config))
+    nats, targets, size = 0.0, 0.0, 0.0
     with evaluation_mode(model):
-        for batch, predicted in _held_out(corpus, config):
+        for first in range(0, len(batches), world.size):
+            index = first + world.rank
+            batch, predicted = batches[min(index, len(batches) - 1)]  # shards need all processes
             ids, cu_seqlens = batch.to(device)
             with autocast(config, device):
                 loss = model(ids, labels=ids, cu_seqlens=cu_seqlens, with_logits=False)["loss"]
-            nats += float(loss) * len(predicted)
-            targets += len(predicted)
-            size += int(token_bytes[predicted].sum())
+            if index < len(batches):
+                nats += float(loss) * len(predicted)
+                targets += len(predicted)
+                size += int(token_bytes[predicted].sum())
+    nats, targets, size = world.sum((nats, targets, size))
     if size == 0:
         raise ValueError(_no_targets(corpus, config))
     loss = nats / targets

@@ -1,16 +1,17 @@
 """A step of optimisation: its rate, its gradients, its optimizer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smollm.model import SmolLM
 from smollm.training.config import TrainConfig
 from smollm.training.loader import Batch
 from smollm.training.metrics import autocast
+from smollm.training.parallel import World, accumulating
 
 MUON_MOMENTUM = 0.95  # of its paper
 
@@ -47,11 +48,11 @@ class Optimizers:
         parameters = list(model.parameters())
         decayed = [p for p in parameters if p.ndim >= 2 and p is not embedding]
         others = [p for p in parameters if p.ndim < 2 or p is embedding]
-        self._parts: list[torch.optim.Optimizer] = []
+        self.parts: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
             matrices = [p for p in decayed if p is not model.lm_head.weight]
             decayed = [p for p in decayed if p is model.lm_head.weight]
-            self._parts.append(
+            self.parts.append(
                 torch.optim.Muon(
                     matrices,
                     lr=config.lr,
@@ -64,7 +65,7 @@ class Optimizers:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self._parts.append(
+        self.parts.append(
             torch.optim.AdamW(
                 [group for group in groups if group["params"]],
                 lr=config.lr,
@@ -77,50 +78,53 @@ class Optimizers:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Those of all parts."""
-        return [group for part in self._parts for group in part.param_groups]
+        return [group for part in self.parts for group in part.param_groups]
 
     def step(self, rate: float) -> None:
         """Take a step at a learning rate, and drop the gradients."""
         for group in self.param_groups:
             group["lr"] = rate
-        for part in self._parts:
+        for part in self.parts:
             part.step()
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of each part, for `load_state_dict`."""
-        return [part.state_dict() for part in self._parts]
+        return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Take up what `state_dict` gave."""
-        for part, state in zip(self._parts, states, strict=True):
+        for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
 
 def accumulate_gradients(
-    network: Callable[..., dict[str, Any]],
+    network: nn.Module,
     batches: Sequence[Batch],
     config: TrainConfig,
-    device: torch.device,
+    world: World,
+    targets: float,
 ) -> Tensor:
     """Add the gradients of a step's loss: the nats of all its targets over their number.
 
     Args:
-        network: the model, or what torch.compile made of it.
-        batches: the step's micro-batches.
+        network: the model, or what compiles or distributes it.
+        batches: this process's micro-batches of the step.
         config: of the run.
-        device: the network's.
+        world: the processes that share the step.
+        targets: the number of targets in the whole step.
 
     Returns:
-        The loss, fp32 in nats per target, on device; the same however batches divide the step.
+        This process's part of the loss, fp32 in nats per target, on its device; the sum over the
+        processes and the gradients are the same however batches and processes divide the step.
     """
-    targets = sum(batch.num_targets for batch in batches)
-    loss = torch.zeros((), device=device)
-    for batch in batches:
-        ids, cu_seqlens = batch.to(device)
-        with autocast(config, device):
-            mean = network(ids, labels=ids, cu_seqlens=cu_seqlens, with_logits=False)["loss"]
-        part = mean * (batch.num_targets / max(1, targets))
-        part.backward()
+    loss = torch.zeros((), device=world.device)
+    for index, batch in enumerate(batches):
+        ids, cu_seqlens = batch.to(world.device)
+        with accumulating(network, last=index == len(batches) - 1):
+            with autocast(config, world.device):
+                mean = network(ids, labels=ids, cu_seqlens=cu_seqlens, with_logits=False)["loss"]
+            part = mean * (batch.num_targets / max(1, targets))
+            (part * world.size).backward()  # whose mean over the processes is taken
         loss += part.detach()
     return loss

@@ -40,9 +40,9 @@ def differences(expected: dict[str, Any], got: dict[str, Any]) -> str:
     return ", ".join(f"{n}={got.get(n)!r} instead of {expected.get(n)!r}" for n in names)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed PyTorch's generators for one step, so that a resumed run draws what it would have."""
-    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed a process's generators for one step, so that a resumed run draws what it would have."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest) >> 1)
 
 

@@ -5,11 +5,14 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from smollm.model.config import ModelConfig
 from smollm.studies import study
+from smollm.training.parallel import World
 
+ALONE = World(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[2]
 SMALL = ModelConfig(embed_dim=36, num_layers=1, ffn_hidden_dim=48)
 TINY = [
@@ -32,8 +35,7 @@ def tiny(flags, data_dir, output_dir):
 def run(flags, data_dir, output_dir, capture=None):
     console = Console(file=capture, width=80) if capture else Console(quiet=True)
     config = study.parse(tiny(flags, data_dir, output_dir))
-    device, corpus = study.prepare(config)
-    return study.run_study(config, corpus, device, console)
+    return study.run_study(config, study.prepare(config), ALONE, console)
 
 
 @contextmanager

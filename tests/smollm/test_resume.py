@@ -12,8 +12,7 @@ from study_cases import ROOT, run, tiny
 
 from smollm.attention import MECHANISMS
 from smollm.studies import study
-from smollm.training import run as training
-from smollm.training import state
+from smollm.training import metrics, state, trainer
 from smollm.training.record import Run
 
 FLAGS = [
@@ -55,23 +54,23 @@ def killed_at(argv, module, name, count):
 
 
 whole, stopped, kills = json.loads(sys.argv[1])
-assert killed_at(whole, "smollm.training.run", "seed_step", -1) == 0
+assert killed_at(whole, "smollm.training.trainer", "seed_step", -1) == 0
 for argv, *where in [(stopped[0], *kills[0]), *((stopped[1], *kill) for kill in kills[1:])]:
     assert killed_at(argv, *where) == signal.SIGKILL, where
-assert killed_at(stopped[1], "smollm.training.run", "seed_step", -1) == 0
+assert killed_at(stopped[1], "smollm.training.trainer", "seed_step", -1) == 0
 """
 IN_EVERY_RUN = [  # (module, function, call): where each attempt ends
-    ("smollm.training.run", "seed_step", 5),  # of the run before one step was left
+    ("smollm.training.trainer", "seed_step", 5),  # of the run before one step was left
     ("torch", "save", 1),
     ("smollm.training.metrics", "generation", 1),
 ]
 KILLS = [
-    ("smollm.training.run", "seed_step", 2),  # no checkpoint yet
+    ("smollm.training.trainer", "seed_step", 2),  # no checkpoint yet
     *IN_EVERY_RUN * len(MECHANISMS),
     ("smollm.training.metrics", "evaluate", 1),
-    ("smollm.training.run", "accumulate_gradients", 1),
+    ("smollm.training.trainer", "accumulate_gradients", 1),
     ("smollm.training.run", "save_model", 1),
-    ("smollm.studies.study", "_write_results", 1),
+    ("smollm.studies.study", "write_json", 1),
     ("smollm.studies.study", "clear_checkpoints", 4),
 ]
 KILLS_OF_A_CHECKPOINT = [
@@ -147,9 +146,9 @@ def resume(folder, *flags):
 
 
 @pytest.mark.parametrize(("home", "name", "call"), [
-    (training, "learning_rate", 4), (training, "accumulate_gradients", 6),
-    (training.metrics, "evaluate", 2), (training.metrics, "generation", 1),
-    (training, "build_model", 2),
+    (trainer, "learning_rate", 4), (trainer, "accumulate_gradients", 6),
+    (metrics, "evaluate", 2), (metrics, "generation", 1),
+    (trainer, "build_model", 2),
 ], ids=["step", "backward", "evaluation", "generation", "second-variant"])  # fmt: skip
 def test_an_interrupted_study_goes_on(
     home, name, call, whole, data_dir, tmp_path, monkeypatch, ctrl_c, capsys
@@ -166,7 +165,7 @@ def test_an_interrupted_study_goes_on(
 def stopped_late(data_dir, folder, monkeypatch, ctrl_c, flags=()):
     """A study interrupted in the sixth step of its one run, with checkpoints after 2, 4 and 5."""
     with monkeypatch.context() as patched:
-        stop(patched, training, "accumulate_gradients", 6, ctrl_c)
+        stop(patched, trainer, "accumulate_gradients", 6, ctrl_c)
         flags = [*FLAGS, "--variants=gqa", "--keep-checkpoints=3", *flags]
         assert run(flags, data_dir, folder) == 130
     return sorted((folder / "gqa" / "checkpoints").iterdir())

@@ -16,13 +16,14 @@ import time
 import pytest
 import torch
 from rich.console import Console
-from study_cases import ROOT, TINY, run, tiny, train_py
+from study_cases import ALONE, ROOT, TINY, run, tiny, train_py
 
 from smollm.attention import MECHANISMS
 from smollm.model.checkpoint import load_model
 from smollm.model.config import ModelConfig, build_model
 from smollm.studies import report, study
 from smollm.training import run as training
+from smollm.training import trainer
 from smollm.training.checks import check_config
 from smollm.training.config import PRESETS, TrainConfig
 
@@ -313,7 +314,7 @@ def test_an_interrupt_before_any_run_is_a_line(data_dir, tmp_path, capsys, monke
 
 
 def test_an_interrupt_while_a_model_is_built(data_dir, tmp_path, monkeypatch, ctrl_c):
-    monkeypatch.setattr(training, "build_model", ctrl_c)
+    monkeypatch.setattr(trainer, "build_model", ctrl_c)
     assert run(["--variants", "gqa", "mga"], data_dir, tmp_path) == 130
     runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
     assert list(runs) == ["gqa"] and runs["gqa"]["status"] == "interrupted"
@@ -321,10 +322,10 @@ def test_an_interrupt_while_a_model_is_built(data_dir, tmp_path, monkeypatch, ct
 
 
 def test_an_interrupt_long_after_a_record_keeps_its_loss(data_dir, tmp_path, monkeypatch, ctrl_c):
-    rate = training.learning_rate
+    rate = trainer.learning_rate
     interrupted = before(rate, ctrl_c)
     monkeypatch.setattr(
-        training,
+        trainer,
         "learning_rate",
         lambda step, *rest: (interrupted if step == 15 else rate)(step, *rest),
     )
@@ -373,7 +374,7 @@ def fail_for(mechanism, call, error):
     RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"), KeyError("x"),
 ], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_a_failed_variant_is_a_row(error, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "build_model", fail_for("mha", training.build_model, error))
+    monkeypatch.setattr(trainer, "build_model", fail_for("mha", trainer.build_model, error))
     with (tmp_path / "console.txt").open("w") as capture:
         assert run(["--variants", "mha", "gqa", "--steps=2"], data_dir, tmp_path, capture) == 1
     runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
@@ -420,7 +421,7 @@ def test_a_study_outlives_what_reads_its_output(data_dir, tmp_path):
 
 @pytest.mark.parametrize(("what", "number"), [("loss", math.nan), ("gradient", math.inf)])
 def test_a_step_that_is_not_finite_is_not_taken(what, number, data_dir, tmp_path, monkeypatch):
-    honest, calls = training.accumulate_gradients, []
+    honest, calls = trainer.accumulate_gradients, []
 
     def poisoned(network, *args):
         loss = honest(network, *args)
@@ -429,7 +430,7 @@ def test_a_step_that_is_not_finite_is_not_taken(what, number, data_dir, tmp_path
             network.norm.weight.grad[3] = number
         return loss * number if len(calls) == 4 and what == "loss" else loss
 
-    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(trainer, "accumulate_gradients", poisoned)
     with (tmp_path / "console.txt").open("w") as capture:
         assert run(["--variants", "mha", "gqa"], data_dir, tmp_path, capture) == 1
     text = (tmp_path / "ablation_results.json").read_text()
@@ -517,5 +518,4 @@ def test_every_command_of_the_guide_runs(command, data_dir, tmp_path):
         train=dataclasses.replace(config.train, **short),
         model=dataclasses.replace(config.model, num_layers=1),
     )
-    device, corpus = study.prepare(config)
-    assert study.run_study(config, corpus, device, Console(quiet=True)) == 0
+    assert study.run_study(config, study.prepare(config), ALONE, Console(quiet=True)) == 0

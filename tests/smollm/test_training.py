@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from study_cases import SMALL
+from study_cases import ALONE, SMALL
 
 from smollm.attention import MECHANISMS
 from smollm.attention.options import ranges
@@ -38,7 +38,8 @@ def test_a_step_is_the_same_however_micro_batches_divide_it(divided, document_ma
     for batches in ([step], step.split(divided)):
         model.zero_grad()
         made = [Batch.of(ids, corpus.eos_id, document_mask) for ids in batches]
-        loss = accumulate_gradients(model, made, config, CPU)
+        targets = sum(batch.num_targets for batch in made)
+        loss = accumulate_gradients(model, made, config, ALONE, targets)
         found.append([loss, *(p.grad.clone() for p in model.parameters())])
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
@@ -50,7 +51,8 @@ def test_the_loss_of_a_step_is_nats_over_targets(corpus):
     batches[0][0, ::2] = corpus.eos_id  # documents of 2 tokens: half the tokens are targets
     config = TrainConfig(document_mask=True)
     made = [Batch.of(ids, corpus.eos_id, True) for ids in batches]
-    loss = accumulate_gradients(model, made, config, CPU)
+    total = sum(batch.num_targets for batch in made)
+    loss = accumulate_gradients(model, made, config, ALONE, total)
     nats, targets = 0.0, 0
     for ids in batches:
         starts = [0, *(i + 1 for i in range(31) if ids[0, i] == corpus.eos_id), 32]
@@ -133,7 +135,7 @@ def test_activation_checkpointing_changes_no_gradient(mechanism, corpus):
 
 def test_batches_are_those_of_their_steps_whatever_the_order(corpus):
     config = TrainConfig(seq_len=16, batch_size=3, grad_accum=2, seed=4)
-    with Loader(corpus, config, CPU) as loader:
+    with Loader(corpus, config, ALONE) as loader:
         for step in (0, 1, 5, 6, 2):
             for index, batch in enumerate(loader.step(step)):
                 expected = corpus.train.batch(2 * step + index, 3, 16, 4)
@@ -146,7 +148,10 @@ def test_what_fails_in_the_loader_fails_the_step(corpus, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(corpus.train, "batch", broken)
-    with Loader(corpus, TrainConfig(), CPU) as loader, pytest.raises(OSError, match="disk is gone"):
+    with (
+        Loader(corpus, TrainConfig(), ALONE) as loader,
+        pytest.raises(OSError, match="disk is gone"),
+    ):
         loader.step(0)
 
 
@@ -176,7 +181,7 @@ def test_what_decays():
 def test_evaluation_counts_every_target_once(corpus):
     train = TrainConfig(seq_len=32, batch_size=3, val_tokens=320, device="cpu")
     model = build_model("gqa", SMALL, corpus.vocab_size)
-    measured = metrics.evaluate(model, corpus, train)
+    measured = metrics.evaluate(model, corpus, train, ALONE)
     ids = torch.cat(list(corpus.val.spread(1, 32, 10)))
     with torch.no_grad():
         logits = model(ids)["logits"]
@@ -192,7 +197,7 @@ def test_evaluation_leaves_each_submodules_mode(corpus):
     model = build_model("gqa", SMALL, corpus.vocab_size)
     model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    metrics.evaluate(model, corpus, TrainConfig(seq_len=32, batch_size=3, val_tokens=64))
+    metrics.evaluate(model, corpus, TrainConfig(seq_len=32, batch_size=3, val_tokens=64), ALONE)
     assert [module.training for module in model.modules()] == before
 
 
@@ -220,7 +225,7 @@ def test_nothing_to_predict_is_refused(train, val, mask, text):
 def test_evaluation_without_targets_is_refused_in_words():
     config = TrainConfig(seq_len=8, batch_size=2, val_tokens=32, document_mask=True)
     with pytest.raises(ValueError, match="expected tokens of text to predict"):
-        metrics.evaluate(build_model("mha", SMALL, 3), corpus_of([1] * 8, [0] * 32), config)
+        metrics.evaluate(build_model("mha", SMALL, 3), corpus_of([1] * 8, [0] * 32), config, ALONE)
 
 
 def test_memory_is_what_was_added():
