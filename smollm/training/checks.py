@@ -8,6 +8,7 @@ from smollm.attention.options import LARGEST, ranges
 from smollm.model.config import build_model
 from smollm.training.config import Config
 from smollm.training.parallel import world_size
+from smollm.training.trackers import check_tracker
 
 
 def check_config(config: Config, vocab_size: int) -> None:
@@ -48,6 +49,7 @@ def check_config(config: Config, vocab_size: int) -> None:
         raise ValueError(
             "fsdp: expected optimizer 'adamw', since Muon needs whole matrices, got 'muon'"
         )
+    check_tracker(train.log)
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
     if config.only_mga and config.variants not in (Config.variants, ("mga",)):

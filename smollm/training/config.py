@@ -14,6 +14,7 @@ from smollm.attention import MECHANISMS
 from smollm.attention.options import INF, LARGEST, Range
 from smollm.files import json_text
 from smollm.model.config import ModelConfig
+from smollm.training.trackers import Tracker
 
 Preset = Literal["cpu", "ablation", "smollm2-135m"]
 Variants = Annotated[
@@ -78,6 +79,8 @@ class TrainConfig:
     """With several processes, shard the model over them (FSDP2) instead of a copy on each (DDP)."""
     log_every: Annotated[int, Range(1, LARGEST)] = 10
     """Steps between training records."""
+    log: Tracker = "none"
+    """Send the records to a tracker too, one that is installed; metrics.jsonl has them always."""
     val_every: Annotated[int, Range(1, LARGEST)] = 250
     """Steps between validations; one always ends a run."""
     val_tokens: Annotated[int, Range(1, LARGEST)] = 262_144

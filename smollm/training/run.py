@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from smollm.training.display import RunDisplay
 from smollm.training.interrupts import Interrupts
 from smollm.training.parallel import World
 from smollm.training.record import Run, log_file, model_file
+from smollm.training.trackers import open_tracker
 from smollm.training.trainer import Trainer
 
 
@@ -64,10 +66,15 @@ def train_run(
             memory.earlier = run.peak_memory_bytes
             log_path = config.output_dir / log_file(run.name) if world.leads else Path(os.devnull)
             log_path.parent.mkdir(parents=True, exist_ok=True)
-            with metrics.MetricsLog(log_path, run.history) as log:
+            tracker = config.train.log if world.leads else "none"
+            with (
+                metrics.MetricsLog(log_path, run.history) as log,
+                closing(open_tracker(tracker, config.output_dir, run)) as sink,
+            ):
                 for record in trainer.records():
                     with interrupts.held():
                         log.write(record)
+                        sink.log(record)
                         run.history.append(record)
                         run.peak_memory_bytes = memory.bytes()
                         run.seconds = time.perf_counter() - began

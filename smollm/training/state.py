@@ -21,7 +21,7 @@ from smollm.model.checkpoint import write_tensors
 from smollm.training.config import Config
 
 SEAL = re.compile(r"step_\d{9}\.json", re.ASCII)
-FREE = ("data_dir", "corpus", "device", "save_every", "keep_checkpoints")  # change no result
+FREE = ("data_dir", "corpus", "device", "log", "save_every", "keep_checkpoints")  # change no result
 
 
 def identity(

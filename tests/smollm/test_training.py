@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import signal
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -22,6 +23,8 @@ from smollm.training.config import PRESETS, Config, TrainConfig
 from smollm.training.interrupts import Interrupts
 from smollm.training.loader import Batch, Loader
 from smollm.training.optim import Optimizers, accumulate_gradients, learning_rate
+from smollm.training.record import Record, Run
+from smollm.training.trackers import MODULES, check_tracker, open_tracker
 
 CPU = torch.device("cpu")
 
@@ -153,6 +156,40 @@ def test_what_fails_in_the_loader_fails_the_step(corpus, monkeypatch):
         pytest.raises(OSError, match="disk is gone"),
     ):
         loader.step(0)
+
+
+class FakeTracker(SimpleNamespace):
+    """Keeps what it is called with; both the module and, of TensorBoard, its writer."""
+
+    def __getattr__(self, name):
+        if name == "SummaryWriter":
+            return lambda folder: self.calls.append(("open", folder.name)) or self
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+
+
+@pytest.mark.parametrize(("name", "module"), MODULES.items())
+def test_a_tracker_gets_the_records(name, module, monkeypatch, tmp_path):
+    fake = FakeTracker(calls=[], __name__=name)
+    monkeypatch.setitem(sys.modules, module, fake)
+    check_tracker(name)
+    sink = open_tracker(name, tmp_path, Run("mha", "cpu", config={"lr": 1.0}))
+    sink.log(Record(5, 100, 2.5, 1e-3, 0.5, 9.0))
+    sink.close()
+    first, *logged, last = fake.calls
+    measured = {"tokens": 100, "loss": 2.5, "lr": 1e-3, "gradient_norm": 0.5, "seconds": 9.0}
+    if name == "tensorboard":
+        assert first == ("open", "mha") and last[0] == "close"
+        assert logged == [("add_scalar", (key, x, 5), {}) for key, x in measured.items()]
+    else:
+        assert first[0] == "init" and first[2]["config"] == {"lr": 1.0} and last[0] == "finish"
+        assert first[2]["name"] == f"{tmp_path.name}/mha"
+        assert logged == [("log", (measured,), {"step": 5})]
+
+
+def test_a_tracker_that_is_missing_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match=r"log: expected trackio to be installed \(`pip install"):
+        check_config(changed(log="trackio"), 1)
 
 
 @pytest.mark.parametrize(("name", "dtype", "precision", "tera"), [
