@@ -13,7 +13,6 @@ from rich.table import Table
 from smollm.files import write_atomically
 from smollm.studies import folder as places
 from smollm.studies.compare import Group, at_their_best, differences, group, speed_ups
-from smollm.studies.plots import plot_bars, plot_loss, plot_rates, plot_trade_offs
 from smollm.training.record import Run
 
 Format = Callable[[Any], str]
@@ -216,13 +215,15 @@ def write_report(folder: Path, runs: Sequence[Run], about: dict[str, str], repea
         about: facts for the head of the report, by name.
         repeat: what repeats the study, as text.
     """
+    from smollm.studies import plots  # matplotlib takes half a second
+
     groups = group(runs)
     chosen = at_their_best(groups)
     images = {
-        "Loss against tokens and time": (places.LOSS_PLOT, plot_loss, chosen),
-        "Loss against throughput and cache": (places.TRADE_OFF_PLOT, plot_trade_offs, chosen),
-        "Throughput and memory": (places.BARS_PLOT, plot_bars, chosen),
-        "Loss against learning rate": (places.RATES_PLOT, plot_rates, groups),
+        "Loss against tokens and time": (places.LOSS_PLOT, plots.plot_loss, chosen),
+        "Loss against throughput and cache": (places.TRADE_OFF_PLOT, plots.plot_trade_offs, chosen),
+        "Throughput and memory": (places.BARS_PLOT, plots.plot_bars, chosen),
+        "Loss against learning rate": (places.RATES_PLOT, plots.plot_rates, groups),
     }
     if not any("lr" in each.point for each in groups):
         del images["Loss against learning rate"]

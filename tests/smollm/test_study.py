@@ -21,7 +21,7 @@ from study_cases import ALONE, ROOT, TINY, run, tiny, train_py
 from smollm.attention import MECHANISMS
 from smollm.model.checkpoint import load_model
 from smollm.model.config import ModelConfig, build_model
-from smollm.studies import report, study
+from smollm.studies import plots, report, study
 from smollm.training import run as training
 from smollm.training import trainer
 from smollm.training.checks import check_config
@@ -338,7 +338,7 @@ def test_an_interrupt_long_after_a_record_keeps_its_loss(data_dir, tmp_path, mon
 
 @pytest.mark.parametrize("where", ["save_model", "write_json", "plot_loss"])
 def test_signals_wait_while_results_are_written(where, data_dir, tmp_path, monkeypatch, ctrl_c):
-    home = {"save_model": training, "write_json": study, "plot_loss": report}[where]
+    home = {"save_model": training, "write_json": study, "plot_loss": plots}[where]
     monkeypatch.setattr(home, where, before(getattr(home, where), ctrl_c))
     assert run(["--variants", "gqa", "mga", "--steps=2"], data_dir, tmp_path) == 130
     runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
@@ -466,11 +466,14 @@ def test_gradient_norms_leave_out_the_warm_up(data_dir, tmp_path):
     assert result["clipped_steps"] == sum(norm > 2.75 for norm in norms)
 
 
-def test_help_explains_every_flag():
+def test_help_explains_every_flag_and_loads_little():
     done = subprocess.run(
-        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+        [sys.executable, "-X", "importtime", "train.py", "--help"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "torch" in loaded and not loaded & {"matplotlib", "torch._dynamo", "datasets"}
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     for name in [*names, *ModelConfig().flags]:
         assert f"--{name.replace('_', '-')}" in done.stdout, name
