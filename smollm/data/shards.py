@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from smollm.data.order import shuffled
 from smollm.files import write_atomically
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256  # llm.c's layout
@@ -93,7 +93,6 @@ class TokenWindows:
     def __init__(self, shards: Sequence[Tokens], name: str = "corpus") -> None:
         self._shards = list(shards)
         self._name = name
-        self._permutation = lru_cache(maxsize=2)(_permutation)
 
     @property
     def tokens(self) -> int:
@@ -119,18 +118,30 @@ class TokenWindows:
     def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Tensor:
         """The batch of a step: the same arguments always give the same tokens.
 
-        Example i = step * batch_size + j is window i mod n of epoch i div n's own permutation
-        of all n windows, so that an epoch shows every window once.
+        It has the examples from step * batch_size on.
 
         Returns:
             int64 [batch_size, seq_len].
         """
-        count = self.num_windows(seq_len)
-        rows = []
-        for example in range(step * batch_size, (step + 1) * batch_size):
-            epoch, place = divmod(example, count)
-            order = self._permutation(seed, epoch, count)
-            rows.append(self._window(int(order[place]), seq_len))
+        examples = range(step * batch_size, (step + 1) * batch_size)
+        return self.examples(examples, seq_len, (seed,))
+
+    def examples(self, numbers: Sequence[int], seq_len: int, key: tuple[int, ...]) -> Tensor:
+        """Examples of an endless stream.
+
+        Example i is window i mod n of epoch i div n's own permutation of all n windows, so that
+        an epoch shows every window once.
+
+        Args:
+            numbers: the examples', >= 0.
+            seq_len: tokens in a window.
+            key: seeds the permutations.
+
+        Returns:
+            int64 [len(numbers), seq_len].
+        """
+        windows = shuffled(numbers, self.num_windows(seq_len), key).tolist()
+        rows = [self._window(window, seq_len) for window in windows]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def sequential(self, batch_size: int, seq_len: int) -> Iterator[Tensor]:
@@ -162,10 +173,6 @@ class TokenWindows:
                 return shard[index * seq_len : (index + 1) * seq_len]
             index -= here
         raise IndexError(index)
-
-
-def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def document_boundaries(input_ids: Tensor, eos_id: int) -> Tensor:
