@@ -2,7 +2,15 @@
 
 from smollm.data.corpus import Corpus
 from smollm.data.load import load_corpus
+from smollm.data.mixture import Mixture
 from smollm.data.prepare import prepare_builtin, prepare_corpus
 from smollm.data.shards import document_boundaries
 
-__all__ = ["Corpus", "document_boundaries", "load_corpus", "prepare_builtin", "prepare_corpus"]
+__all__ = [
+    "Corpus",
+    "Mixture",
+    "document_boundaries",
+    "load_corpus",
+    "prepare_builtin",
+    "prepare_corpus",
+]

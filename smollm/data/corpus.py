@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smollm.data.shards import TokenWindows, open_shard
+from smollm.data.shards import TokenWindows, Windows, open_shard
 from smollm.data.tokenizer import end_of_text, read_tokenizer, spellings, vocab_size
 from smollm.files import write_json
 
@@ -72,8 +72,8 @@ class Corpus:
         self.tokenizer = read_tokenizer(folder / TOKENIZER)
         self.eos_id = end_of_text(self.tokenizer)
         self.vocab_size = vocab_size(self.tokenizer)
-        self.train = self._split("train", about)
-        self.val = self._split("val", about)
+        self.train: Windows = self._split("train", about)
+        self.val: Windows = self._split("val", about)
         found = (self.vocab_size, self.eos_id, self.train.tokens, self.val.tokens)
         said = (about.vocab_size, about.eos_id, about.train_tokens, about.val_tokens)
         if found != said:

@@ -1,9 +1,10 @@
-"""Prepared corpora by name."""
+"""Prepared corpora by name, one or several at weights."""
 
 from pathlib import Path
 
 from smollm.data.corpus import ABOUT, DEFAULT_ROOT, Corpus, prepare_command
 from smollm.data.folders import AUTO, BUILTIN, NAME, check_name
+from smollm.data.mixture import Mixture, parse_weights
 from smollm.data.prepare import open_builtin
 
 
@@ -12,12 +13,21 @@ def load_corpus(name: str = AUTO, root: Path = DEFAULT_ROOT) -> Corpus:
 
     Args:
         name: a corpus under root, "builtin", or "auto" (default): the one prepared last, except
-            the built-in one, which it falls back to.
+            the built-in one, which it falls back to. "NAME=WEIGHT,NAME=WEIGHT" is a `Mixture`.
         root: folder of prepared corpora.
 
     Raises:
-        FileNotFoundError: no such corpus. ValueError: an odd name, or it is corrupt.
+        FileNotFoundError: no such corpus. ValueError: an odd name or weight, it is corrupt, or
+            corpora that do not mix.
     """
+    if "=" in name or "," in name:
+        weights = parse_weights(name)
+        for part in weights:
+            check_name(part)
+            if part == AUTO:
+                raise ValueError(f"corpus: expected names of corpora to mix, got {AUTO!r}")
+        corpora = [load_corpus(part, root) for part in weights]
+        return corpora[0] if len(corpora) == 1 else Mixture(corpora, list(weights.values()))
     if name == AUTO:
         name = _newest(root) or BUILTIN
     check_name(name)

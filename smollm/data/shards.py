@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -82,7 +83,56 @@ def open_shard(path: Path) -> Tokens:
         )
 
 
-class TokenWindows:
+class Windows(ABC):
+    """Windows of tokens: batches to train on, and a pass over them to validate on."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens in all shards."""
+
+    @abstractmethod
+    def num_windows(self, seq_len: int) -> int:
+        """Windows of seq_len tokens.
+
+        Raises:
+            ValueError: there is not one.
+        """
+
+    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Tensor:
+        """The batch of a step: the same arguments always give the same tokens.
+
+        It has the examples from step * batch_size on.
+
+        Returns:
+            int64 [batch_size, seq_len].
+        """
+        examples = range(step * batch_size, (step + 1) * batch_size)
+        return self.examples(examples, seq_len, (seed,))
+
+    @abstractmethod
+    def examples(self, numbers: Sequence[int], seq_len: int, key: tuple[int, ...]) -> Tensor:
+        """Examples of an endless stream, each a function of its number.
+
+        Args:
+            numbers: the examples', >= 0.
+            seq_len: tokens in a window.
+            key: seeds the order.
+
+        Returns:
+            int64 [len(numbers), seq_len].
+        """
+
+    @abstractmethod
+    def sequential(self, batch_size: int, seq_len: int) -> Iterator[Tensor]:
+        """Every window once, in file order, int64 [<= batch_size, seq_len] at a time."""
+
+    @abstractmethod
+    def spread(self, batch_size: int, seq_len: int, most: int) -> Iterator[Tensor]:
+        """At most `most` windows from all over, int64 [<= batch_size, seq_len] at a time."""
+
+
+class TokenWindows(Windows):
     """Non-overlapping windows of tokens over shards; none straddles two of them.
 
     Args:
@@ -115,30 +165,11 @@ class TokenWindows:
             )
         return count
 
-    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Tensor:
-        """The batch of a step: the same arguments always give the same tokens.
-
-        It has the examples from step * batch_size on.
-
-        Returns:
-            int64 [batch_size, seq_len].
-        """
-        examples = range(step * batch_size, (step + 1) * batch_size)
-        return self.examples(examples, seq_len, (seed,))
-
     def examples(self, numbers: Sequence[int], seq_len: int, key: tuple[int, ...]) -> Tensor:
         """Examples of an endless stream.
 
         Example i is window i mod n of epoch i div n's own permutation of all n windows, so that
         an epoch shows every window once.
-
-        Args:
-            numbers: the examples', >= 0.
-            seq_len: tokens in a window.
-            key: seeds the permutations.
-
-        Returns:
-            int64 [len(numbers), seq_len].
         """
         windows = shuffled(numbers, self.num_windows(seq_len), key).tolist()
         rows = [self._window(window, seq_len) for window in windows]
