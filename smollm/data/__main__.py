@@ -13,7 +13,7 @@ import tyro
 
 from smollm.data.corpus import DEFAULT_ROOT, Corpus
 from smollm.data.folders import BUILTIN
-from smollm.data.prepare import open_builtin, prepare_corpus
+from smollm.data.prepare import HELD_OUT, open_builtin, prepare_corpus
 from smollm.data.tokenizer import SMOLLM_TOKENIZER
 
 
@@ -32,6 +32,8 @@ class Arguments:
     """Local parquet files with a `text` column, instead of the hub's."""
     tokenizer: str = SMOLLM_TOKENIZER
     """A tokenizer.json, or a model on the Hugging Face hub."""
+    held_out: float = HELD_OUT
+    """Share of the documents that validation is on; a document's own text decides."""
     replace: bool = False
     """Replace a corpus of that name. "builtin" needs no asking."""
 
@@ -66,6 +68,7 @@ def _prepare(arguments: Arguments) -> Corpus:
         arguments.root,
         data_files=arguments.data_files,
         tokenizer=arguments.tokenizer,
+        held_out=arguments.held_out,
         replace=arguments.replace,
     )
     return Corpus(folder)

@@ -36,6 +36,7 @@ from smollm.files import write_atomically
 
 BUILTIN_VOCAB = 4096
 SHARD_TOKENS = 100_000_000
+HELD_OUT, BUILTIN_HELD_OUT = 0.005, 0.05  # of the documents
 
 
 def prepare_builtin(root: Path = DEFAULT_ROOT) -> Path:
@@ -68,9 +69,9 @@ def open_builtin(root: Path = DEFAULT_ROOT) -> Corpus:
         if (whole := _whole_builtin(folder)) is not None:
             return whole
         documents = list(python_documents())
-        tokenizer = _train_tokenizer([d for d in documents if not _held_out(d, 50)])
+        tokenizer = _train_tokenizer([d for d in documents if not is_held_out(d, BUILTIN_HELD_OUT)])
         version = platform.python_version()
-        _write_corpus(new, BUILTIN, documents, tokenizer, held_out=50, python=version)
+        _write_corpus(new, BUILTIN, documents, tokenizer, held_out=BUILTIN_HELD_OUT, python=version)
         find_place(root, BUILTIN, replace=True)
         settle(new, place)
     return Corpus(folder)
@@ -83,6 +84,7 @@ def prepare_corpus(
     *,
     data_files: Sequence[Path] = (),
     tokenizer: str = SMOLLM_TOKENIZER,
+    held_out: float = HELD_OUT,
     shard_tokens: int = SHARD_TOKENS,
     replace: bool = False,
 ) -> Path:
@@ -96,6 +98,8 @@ def prepare_corpus(
         data_files: local parquet files to read instead.
         tokenizer: a tokenizer.json, or a model on the hub; byte-level BPE, whose tokens spell
             every document byte for byte.
+        held_out: share of the documents that are for validation: those whose text's sha256 is
+            below it, so that a larger share holds out the same ones and more.
         shard_tokens: tokens in a shard.
         replace: a corpus of that name goes once this one is whole.
 
@@ -103,7 +107,7 @@ def prepare_corpus(
         The corpus's folder.
 
     Raises:
-        ValueError: an odd or taken name, shards out of range, a file that is no parquet with
+        ValueError: an odd or taken name, shards or held_out out of range, a file that is no parquet with
             text, a tokenizer that does not fit, or too few documents to hold some out.
         FileNotFoundError: no such data file or tokenizer. BlockingIOError: another process
             prepares a corpus of that name. ConnectionError: the hub cannot be reached.
@@ -113,6 +117,8 @@ def prepare_corpus(
         raise ValueError(f"shards: expected 1 to {HUB_SHARDS[name]} of {name}, got {shards}")
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ValueError(f"shard_tokens: expected 1 to {MAX_TOKENS}, got {shard_tokens}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out}")
     place = find_place(root, name, replace=replace)
     if data_files:
         check_parquet(data_files)
@@ -121,7 +127,7 @@ def prepare_corpus(
     with build(place) as new:
         find_place(root, name, replace=replace)  # another process may just have finished
         documents = parquet_texts(data_files) if data_files else hub_texts(name, shards)
-        _write_corpus(new, name, documents, loaded, held_out=5, shard_tokens=shard_tokens)
+        _write_corpus(new, name, documents, loaded, held_out=held_out, shard_tokens=shard_tokens)
         find_place(root, name, replace=replace)
         settle(new, place)
     return root / name
@@ -156,7 +162,7 @@ def _write_corpus(
     documents: Iterable[str],
     tokenizer: Tokenizer,
     *,
-    held_out: int,
+    held_out: float,
     shard_tokens: int = SHARD_TOKENS,
     python: str | None = None,
 ) -> None:
@@ -176,7 +182,7 @@ def _write_corpus(
         for texts in _batches(documents, 256):
             for text, encoding in zip(texts, _encode(tokenizer, texts), strict=True):
                 _check_spelling(text, b"".join(map(spelled.__getitem__, encoding.ids)))
-                split = "val" if _held_out(text, held_out) else "train"
+                split = "val" if is_held_out(text, held_out) else "train"
                 writers[split].add([*encoding.ids, eos_id])
             count += len(texts)
             tokens = sum(writer.tokens for writer in writers.values())
@@ -188,7 +194,7 @@ def _write_corpus(
         if writer.tokens == 0:
             raise ValueError(
                 f"{name}: expected enough documents to hold some out, got {count} and an "
-                f"empty {split} split"
+                f"empty {split} split with held_out {held_out}"
             )
     about = tokenizer.to_str(pretty=True).encode()
     write_atomically(folder / TOKENIZER, lambda file: file.write(about))
@@ -262,7 +268,7 @@ class _ShardWriter:
             self._filled = 0
 
 
-def _held_out(text: str, per_mille: int) -> bool:
+def is_held_out(text: str, share: float) -> bool:
     """Whether a document is for validation: its own text decides, whatever stands around it."""
     digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "little") % 1000 < per_mille
+    return int.from_bytes(digest[:8], "little") < share * 2**64

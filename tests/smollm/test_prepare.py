@@ -29,10 +29,20 @@ def test_parquet_becomes_shards(parquet, prepare_mine, tmp_path):
     texts = [t for path in parquet for t in datasets.Dataset.from_parquet(str(path))["text"]]
     ids = np.concatenate(corpus.train._shards).tolist()
     decoded = corpus.tokenizer.decode(ids, skip_special_tokens=False).split("<|endoftext|>")[:-1]
-    held = [t for t in texts if prepare._held_out(t, 5)]
+    held = [t for t in texts if prepare.is_held_out(t, 0.005)]
     assert decoded == [t for t in texts if t not in held] and 0 < len(held) < 30
     assert load_corpus("auto", tmp_path).name == "mine"
     assert load_corpus("mine", tmp_path).sha256 == corpus.sha256
+
+
+def test_a_larger_share_holds_out_more_of_the_same(prepare_mine, tmp_path):
+    held = {}
+    for share in (0.01, 0.1, 0.5):
+        corpus = Corpus(prepare_mine(tmp_path, f"held-{share}", held_out=share))
+        ids = np.concatenate(corpus.val._shards)
+        held[share] = {tuple(d) for d in np.split(ids, np.flatnonzero(ids == corpus.eos_id) + 1)}
+        assert abs(len(held[share]) - 1200 * share) < 5 * (1200 * share) ** 0.5
+    assert held[0.01] < held[0.1] < held[0.5]
 
 
 def test_a_tokenizer_cuts_pads_and_adds_nothing(corpus, tmp_path):
@@ -112,6 +122,10 @@ def test_refusals(parquet, tokenizer_file, tmp_path):
         ({"name": "wikipedia", "data_files": ()}, "corpus: expected one of ['builtin'"),
         ({"shard_tokens": 0}, "shard_tokens: expected 1 to"),
         ({"shard_tokens": 2**31}, "shard_tokens: expected 1 to"),
+        *(
+            ({"held_out": x}, f"held_out: expected a share between 0 and 1, got {x}")
+            for x in (0, 1, -0.1, 2, float("nan"))
+        ),
     ]
     usual = {"name": "mine", "data_files": parquet, "tokenizer": tokenizer_file}
     for keywords, text in refusals:
