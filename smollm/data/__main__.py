@@ -13,7 +13,9 @@ import tyro
 
 from smollm.data.corpus import DEFAULT_ROOT, Corpus
 from smollm.data.folders import BUILTIN
+from smollm.data.hub import HubDataset
 from smollm.data.prepare import HELD_OUT, open_builtin, prepare_corpus
+from smollm.data.sources import LocalFiles, Source
 from smollm.data.tokenizer import SMOLLM_TOKENIZER
 
 
@@ -23,15 +25,27 @@ class Arguments:
 
     corpus: str = "fineweb-edu-dedup"
     """"fineweb-edu-dedup" or "cosmopedia-v2" of the SmolLM corpus, "builtin", or another name,
-    for --data-files."""
+    for --dataset or --data-files."""
     shards: int = 2
     """Files of the SmolLM corpus to take, about 2 GB each."""
+    dataset: str | None = None
+    """Another dataset of the hub, OWNER/NAME, instead of the SmolLM corpus."""
+    subset: str | None = None
+    """Its configuration, where it has several."""
+    split: str = "train"
+    """Its split."""
+    data_files: tuple[Path, ...] = ()
+    """Local files instead of the hub's: FILE.jsonl, FILE.txt, any other is parquet."""
+    text_column: str = "text"
+    """Column of the dataset or of parquet, or key of jsonl, with the text."""
+    separator: str | None = None
+    """What stands between the documents of a txt file; by default it is one document."""
+    max_documents: int | None = None
+    """Take no more documents; all by default."""
     root: Path = DEFAULT_ROOT
     """Folder of prepared corpora."""
-    data_files: tuple[Path, ...] = ()
-    """Local parquet files with a `text` column, instead of the hub's."""
     tokenizer: str = SMOLLM_TOKENIZER
-    """A tokenizer.json, or a model on the Hugging Face hub."""
+    """A tokenizer.json, or a model on the Hugging Face hub; byte-level BPE."""
     held_out: float = HELD_OUT
     """Share of the documents that validation is on; a document's own text decides."""
     replace: bool = False
@@ -64,14 +78,32 @@ def _prepare(arguments: Arguments) -> Corpus:
         return open_builtin(arguments.root)
     folder = prepare_corpus(
         arguments.corpus,
-        arguments.shards,
+        _source(arguments),
         arguments.root,
-        data_files=arguments.data_files,
+        max_documents=arguments.max_documents,
         tokenizer=arguments.tokenizer,
         held_out=arguments.held_out,
         replace=arguments.replace,
     )
     return Corpus(folder)
+
+
+def _source(arguments: Arguments) -> Source:
+    """Where the documents come from; refuses flags of another source than the one asked for."""
+    of_hub = {name: getattr(arguments, name) for name in ("dataset", "subset", "split")}
+    if arguments.data_files:
+        for flag, value in of_hub.items():
+            if value != getattr(Arguments, flag):
+                raise ValueError(f"{flag}: expected none beside data_files, got {value!r}")
+        return LocalFiles(arguments.data_files, arguments.text_column, arguments.separator)
+    if arguments.separator is not None:
+        raise ValueError(f"separator: expected data_files to divide, got {arguments.separator!r}")
+    if arguments.dataset is not None:
+        return HubDataset(**of_hub, text_column=arguments.text_column)
+    for flag in ("subset", "split", "text_column"):
+        if getattr(arguments, flag) != getattr(Arguments, flag):
+            raise ValueError(f"{flag}: expected a dataset beside it, got none")
+    return HubDataset.smollm(arguments.corpus, arguments.shards)
 
 
 @contextmanager

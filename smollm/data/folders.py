@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from smollm.data.corpus import ABOUT, SHARD, TOKENIZER, VERIFIED, holds_corpus, read_manifest
+from smollm.data.hub import HUB_SHARDS
 from smollm.data.shards import is_shard
-from smollm.data.sources import HUB_SHARDS
 from smollm.files import LOCK, locked
 
 AUTO, BUILTIN = "auto", "builtin"
@@ -31,12 +31,12 @@ def check_name(name: str) -> None:
         )
 
 
-def check_new_name(name: str, *, local: bool) -> None:
+def check_new_name(name: str, own: str | None = None) -> None:
     """Refuse what no corpus of this kind may be called.
 
     Args:
         name: the corpus's.
-        local: made of the caller's own files, not of the hub's.
+        own: the name that is reserved for it.
 
     Raises:
         ValueError: it may not.
@@ -45,12 +45,10 @@ def check_new_name(name: str, *, local: bool) -> None:
     reserved = (AUTO, BUILTIN)
     if name.lower() in reserved:
         raise ValueError(f"corpus: expected a name other than {reserved}, got {name!r}")
-    if local and name.lower() in HUB_SHARDS:
+    if name.lower() in HUB_SHARDS and name != own:
         raise ValueError(
-            f"corpus: expected a name of its own for data_files, got {name!r}, the hub's"
+            f"corpus: expected a name of its own for data_files or dataset, got {name!r}, the hub's"
         )
-    if not local and name not in HUB_SHARDS:
-        raise ValueError(f"corpus: expected one of {[BUILTIN, *HUB_SHARDS]}, got {name!r}")
 
 
 def find_place(root: Path, name: str, *, replace: bool) -> Path:

@@ -5,7 +5,7 @@ It holds token shards (train_000000.bin, ..., val_000000.bin, ...), tokenizer.js
 
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -17,13 +17,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 from smollm.data.corpus import DEFAULT_ROOT, TOKENIZER, Corpus, Manifest, write_manifest
 from smollm.data.folders import BUILTIN, build, check_new_name, find_place, settle
 from smollm.data.shards import MAX_TOKENS, write_shard
-from smollm.data.sources import (
-    HUB_SHARDS,
-    check_parquet,
-    hub_texts,
-    parquet_texts,
-    python_documents,
-)
+from smollm.data.sources import Source, python_documents
 from smollm.data.tokenizer import (
     END_OF_TEXT,
     SMOLLM_TOKENIZER,
@@ -79,23 +73,22 @@ def open_builtin(root: Path = DEFAULT_ROOT) -> Corpus:
 
 def prepare_corpus(
     name: str,
-    shards: int,
+    source: Source,
     root: Path = DEFAULT_ROOT,
     *,
-    data_files: Sequence[Path] = (),
+    max_documents: int | None = None,
     tokenizer: str = SMOLLM_TOKENIZER,
     held_out: float = HELD_OUT,
     shard_tokens: int = SHARD_TOKENS,
     replace: bool = False,
 ) -> Path:
-    """Tokenise parquet files with a `text` column into shards.
+    """Tokenise documents into shards.
 
     Args:
-        name: "fineweb-edu-dedup" or "cosmopedia-v2" of the SmolLM corpus, streamed from the
-            Hugging Face hub; or any other name for data_files.
-        shards: how many of the hub's files, from the first.
+        name: the corpus's.
+        source: where its documents come from.
         root: folder of prepared corpora.
-        data_files: local parquet files to read instead.
+        max_documents: read no more of them; all by default.
         tokenizer: a tokenizer.json, or a model on the hub; byte-level BPE, whose tokens spell
             every document byte for byte.
         held_out: share of the documents that are for validation: those whose text's sha256 is
@@ -107,26 +100,25 @@ def prepare_corpus(
         The corpus's folder.
 
     Raises:
-        ValueError: an odd or taken name, shards or held_out out of range, a file that is no parquet with
-            text, a tokenizer that does not fit, or too few documents to hold some out.
+        ValueError: an odd or taken name, a number out of range, a source that is not what it
+            should be, a tokenizer that does not fit, or too few documents to hold some out.
         FileNotFoundError: no such data file or tokenizer. BlockingIOError: another process
             prepares a corpus of that name. ConnectionError: the hub cannot be reached.
     """
-    check_new_name(name, local=bool(data_files))
-    if not data_files and not 1 <= shards <= HUB_SHARDS[name]:
-        raise ValueError(f"shards: expected 1 to {HUB_SHARDS[name]} of {name}, got {shards}")
+    check_new_name(name, source.own_name)
+    if max_documents is not None and max_documents < 1:
+        raise ValueError(f"max_documents: expected >= 1, got {max_documents}")
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ValueError(f"shard_tokens: expected 1 to {MAX_TOKENS}, got {shard_tokens}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out}")
     place = find_place(root, name, replace=replace)
-    if data_files:
-        check_parquet(data_files)
+    source.check()
     loaded = load_tokenizer(tokenizer)
     end_of_text(loaded)
     with build(place) as new:
         find_place(root, name, replace=replace)  # another process may just have finished
-        documents = parquet_texts(data_files) if data_files else hub_texts(name, shards)
+        documents = islice(source.texts(), max_documents)
         _write_corpus(new, name, documents, loaded, held_out=held_out, shard_tokens=shard_tokens)
         find_place(root, name, replace=replace)
         settle(new, place)

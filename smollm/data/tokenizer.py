@@ -1,17 +1,15 @@
 """Tokenizers: where they come from, whether they fit a corpus, and what their tokens spell."""
 
 import json
-import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from smollm.data.hub import HUB_NAME, OFFLINE, reach_hub
 from smollm.data.shards import MAX_VOCAB
-from smollm.data.sources import OFFLINE, reach_hub
 
 SMOLLM_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 END_OF_TEXT = "<|endoftext|>"
-HUB_MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def load_tokenizer(source: str) -> Tokenizer:
@@ -25,7 +23,7 @@ def load_tokenizer(source: str) -> Tokenizer:
     if path.exists():
         return read_tokenizer(path)
     beside_files = "/" in source and path.parent.is_dir()
-    if beside_files or source.endswith(".json") or not HUB_MODEL.fullmatch(source):
+    if beside_files or source.endswith(".json") or not HUB_NAME.fullmatch(source):
         raise FileNotFoundError(
             f"tokenizer: expected a tokenizer.json or a model on the hub, got {source!r}, "
             "no such file"

@@ -24,12 +24,16 @@ def tokenizer_file(corpus):
 
 @pytest.fixture(scope="session")
 def prepare_mine(parquet, tokenizer_file):
-    """Prepare a corpus of the parquet files under a root; keywords as prepare_corpus takes them."""
-    from smollm.data import prepare_corpus
+    """Prepare a corpus of files, by default the parquet ones, under a root.
 
-    def prepare(root, name="mine", **keywords):
-        keywords = {"data_files": parquet, "tokenizer": tokenizer_file, **keywords}
-        return prepare_corpus(name, 1, root, **keywords)
+    Further keywords are those of LocalFiles and of prepare_corpus.
+    """
+    from smollm.data import LocalFiles, prepare_corpus
+
+    def prepare(root, name="mine", data_files=parquet, **keywords):
+        of_files = {k: keywords.pop(k) for k in ("text_column", "separator") if k in keywords}
+        source = LocalFiles(data_files, **of_files)
+        return prepare_corpus(name, source, root, **{"tokenizer": tokenizer_file, **keywords})
 
     return prepare
 

@@ -11,7 +11,15 @@ import time
 
 import pytest
 
-from smollm.data import Corpus, folders, load_corpus, prepare, prepare_builtin, prepare_corpus
+from smollm.data import (
+    Corpus,
+    LocalFiles,
+    folders,
+    load_corpus,
+    prepare,
+    prepare_builtin,
+    prepare_corpus,
+)
 from smollm.data.folders import build
 
 
@@ -29,8 +37,11 @@ def tree(root):
 @pytest.fixture
 def no_work(monkeypatch):
     """Fail as soon as a tokenizer or a document is read."""
-    for name in ("load_tokenizer", "check_parquet", "parquet_texts", "python_documents"):
-        monkeypatch.setattr(prepare, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    for where, name in (
+        (prepare, "load_tokenizer"), (prepare, "python_documents"),
+        (LocalFiles, "check"), (LocalFiles, "texts"),
+    ):  # fmt: skip
+        monkeypatch.setattr(where, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
 
 
 ODD_NAMES = [
@@ -45,7 +56,7 @@ def test_odd_names_are_refused(no_work, parquet, tmp_path, name):
     before = tree(tmp_path)
     for replace in (False, True):
         with pytest.raises(ValueError, match="corpus: expected a name of letters"):
-            prepare_corpus(name, 1, tmp_path, data_files=parquet, replace=replace)
+            prepare_corpus(name, LocalFiles(parquet), tmp_path, replace=replace)
     with pytest.raises(ValueError, match="corpus: expected a name of letters"):
         load_corpus(name, tmp_path)
     assert tree(tmp_path) == before
@@ -54,7 +65,7 @@ def test_odd_names_are_refused(no_work, parquet, tmp_path, name):
 @pytest.mark.parametrize("name", ["auto", "builtin", "Auto", "BUILTIN", "Cosmopedia-v2"])
 def test_names_that_mean_something_else_are_refused(no_work, parquet, tmp_path, name):
     with pytest.raises(ValueError, match=f"corpus: expected a name .*{name}"):
-        prepare_corpus(name, 1, tmp_path, data_files=parquet, replace=True)
+        prepare_corpus(name, LocalFiles(parquet), tmp_path, replace=True)
     assert not tree(tmp_path)
 
 
@@ -109,7 +120,7 @@ def test_only_a_corpus_of_ours_is_replaced(no_work, parquet, tmp_path, stand, na
         if name == "builtin":
             prepare_builtin(tmp_path)
         else:
-            prepare_corpus(name, 1, tmp_path, data_files=parquet, replace=True)
+            prepare_corpus(name, LocalFiles(parquet), tmp_path, replace=True)
     assert tree(tmp_path) == before
 
 
@@ -140,7 +151,7 @@ def test_an_empty_folder_is_not_replaced(prepare_mine, tmp_path):
 def test_a_root_that_is_no_folder_is_refused(no_work, parquet, tmp_path, root):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="root: expected a folder that can be written to"):
-        prepare_corpus("mine", 1, tmp_path / root, data_files=parquet)
+        prepare_corpus("mine", LocalFiles(parquet), tmp_path / root)
     with pytest.raises(ValueError, match="root: expected a folder that can be written to"):
         load_corpus("auto", tmp_path / root)
 
@@ -184,13 +195,13 @@ def test_what_fails_leaves_everything_as_it_was(prepare_mine, tmp_path, monkeypa
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "parquet_texts", stream)
+        patch.setattr(LocalFiles, "texts", stream)
         with pytest.raises(error if isinstance(error, type) else type(error)):
             prepare_mine(root)
         assert not (tmp_path / "a").exists()
     prepare_mine(root)
     before = tree(root)
-    monkeypatch.setattr(prepare, "parquet_texts", stream)
+    monkeypatch.setattr(LocalFiles, "texts", stream)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         prepare_mine(root, replace=True)
     assert tree(root) == before
@@ -218,7 +229,7 @@ def test_a_stranger_that_comes_meanwhile_stays(prepare_mine, tmp_path, monkeypat
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "notes").write_text("precious")
 
-    monkeypatch.setattr(prepare, "parquet_texts", stream)
+    monkeypatch.setattr(LocalFiles, "texts", stream)
     with pytest.raises(ValueError, match="nothing else, got also 'notes'"):
         prepare_mine(tmp_path, replace=True)
     assert tree(tmp_path) == {"mine": None, "mine/notes": b"precious"}
@@ -279,7 +290,7 @@ def test_of_two_preparations_of_a_name_the_second_is_refused(prepare_mine, tmp_p
     with build(tmp_path / "mine") as new, monkeypatch.context() as patch:
         (new / "train_000000.bin").write_text("half")
         before = tree(tmp_path)
-        patch.setattr(prepare, "parquet_texts", lambda *_: pytest.fail("read documents"))
+        patch.setattr(LocalFiles, "texts", lambda *_: pytest.fail("read documents"))
         with pytest.raises(BlockingIOError, match=f"got 'mine': .* process {os.getpid()} writes"):
             prepare_mine(tmp_path)
         assert tree(tmp_path) == before
@@ -384,7 +395,7 @@ def test_a_damaged_builtin_corpus_with_a_strangers_file_is_left_alone(few_docume
 
 INTERRUPTED = """
 import sys, time
-from smollm.data import prepare
+from smollm.data import LocalFiles, prepare
 from smollm.data.__main__ import main
 
 def stream(*arguments):
@@ -392,7 +403,7 @@ def stream(*arguments):
     print("working", flush=True)
     time.sleep(60)
 
-prepare.parquet_texts = prepare.python_documents = stream
+LocalFiles.texts = prepare.python_documents = stream
 sys.exit(main())
 """
 

@@ -14,9 +14,20 @@ import pyarrow.parquet
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from smollm.data import Corpus, load_corpus, prepare, prepare_corpus, sources, tokenizer
+from smollm.data import (
+    Corpus,
+    HubDataset,
+    LocalFiles,
+    hub,
+    load_corpus,
+    prepare,
+    prepare_corpus,
+    tokenizer,
+)
 from smollm.data.__main__ import main
 from smollm.data.shards import open_shard
+
+SMOLLM = HubDataset.smollm("fineweb-edu-dedup", 2)
 
 
 def test_parquet_becomes_shards(parquet, prepare_mine, tmp_path):
@@ -61,7 +72,7 @@ def test_a_tokenizer_cuts_pads_and_adds_nothing(corpus, tmp_path):
     path = tmp_path / "texts.parquet"
     datasets.Dataset.from_dict({"text": [*texts, None, ""]}).to_parquet(path)
     folder = prepare_corpus(
-        "odd", 1, tmp_path / "d", data_files=[path], tokenizer=str(tmp_path / "tokenizer.json")
+        "odd", LocalFiles([path]), tmp_path / "d", tokenizer=str(tmp_path / "tokenizer.json")
     )
     prepared = Corpus(folder)
     ids = np.concatenate([open_shard(s) for s in folder.glob("*.bin")])
@@ -74,12 +85,12 @@ def test_without_a_network_the_offline_choice_is_named(tokenizer_file, tmp_path,
     def offline(*arguments, **keywords):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(sources, "reach_hub", lambda: None)
+    monkeypatch.setattr(hub, "reach_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
         ConnectionError, match=re.escape("`python train.py` trains on its built-in")
     ):
-        prepare_corpus("fineweb-edu-dedup", 2, tmp_path, tokenizer=tokenizer_file)
+        prepare_corpus("fineweb-edu-dedup", SMOLLM, tmp_path, tokenizer=tokenizer_file)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,9 +101,9 @@ def test_the_hub_files_asked_for(tokenizer_file, tmp_path, monkeypatch):
         asked.update(source=source, files=data_files["train"])
         return [{"text": f"document {i}"} for i in range(900)]
 
-    monkeypatch.setattr(sources, "reach_hub", lambda: None)
+    monkeypatch.setattr(hub, "reach_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    prepare_corpus("fineweb-edu-dedup", 2, tmp_path, tokenizer=tokenizer_file)
+    prepare_corpus("fineweb-edu-dedup", SMOLLM, tmp_path, tokenizer=tokenizer_file)
     assert asked == {
         "source": "HuggingFaceTB/smollm-corpus",
         "files": [
@@ -118,8 +129,11 @@ def test_refusals(parquet, tokenizer_file, tmp_path):
         ({"tokenizer": str(parquet[0])}, "tokenizer: expected a tokenizer.json, got"),
         ({"tokenizer": str(tmp_path)}, "tokenizer: expected a tokenizer.json, got"),
         ({"tokenizer": ""}, "tokenizer: expected a tokenizer.json, got"),
-        ({"name": "fineweb-edu-dedup", "data_files": ()}, "shards: expected 1 to 234 of"),
-        ({"name": "wikipedia", "data_files": ()}, "corpus: expected one of ['builtin'"),
+        ({"name": "fineweb-edu-dedup"}, "corpus: expected a name of its own for data_files"),
+        ({"name": "fineweb-edu-dedup", "source": HubDataset("a/b")}, "or dataset, got 'fineweb"),
+        ({"source": HubDataset("a/b/c")}, "dataset: expected OWNER/NAME of the hub, got 'a/b/c'"),
+        ({"source": HubDataset("../a")}, "dataset: expected OWNER/NAME of the hub, got '../a'"),
+        ({"max_documents": 0}, "max_documents: expected >= 1, got 0"),
         ({"shard_tokens": 0}, "shard_tokens: expected 1 to"),
         ({"shard_tokens": 2**31}, "shard_tokens: expected 1 to"),
         *(
@@ -127,10 +141,10 @@ def test_refusals(parquet, tokenizer_file, tmp_path):
             for x in (0, 1, -0.1, 2, float("nan"))
         ),
     ]
-    usual = {"name": "mine", "data_files": parquet, "tokenizer": tokenizer_file}
+    usual = {"name": "mine", "source": LocalFiles(parquet), "tokenizer": tokenizer_file}
     for keywords, text in refusals:
         with pytest.raises(ValueError, match=re.escape(text)):
-            prepare_corpus(shards=0, root=root, **usual | keywords)
+            prepare_corpus(root=root, **usual | keywords)
     assert not root.exists()
 
 
@@ -233,7 +247,7 @@ def test_tokens_must_spell_every_document(tmp_path, change, fits):
 
     def prepared():
         source = str(tmp_path / "tokenizer.json")
-        return Corpus(prepare_corpus("it", 1, tmp_path, data_files=[path], tokenizer=source))
+        return Corpus(prepare_corpus("it", LocalFiles([path]), tmp_path, tokenizer=source))
 
     if fits:
         corpus = prepared()
@@ -258,7 +272,7 @@ def test_the_kinds_of_text_columns(tokenizer_file, tmp_path):
         column = pyarrow.array([*texts, None, ""]).cast(kind)
         path = write_parquet(tmp_path / "x.parquet", {"id": range(902), "text": column})
         folder = prepare_corpus(
-            f"kind{number}", 1, tmp_path, data_files=[path], tokenizer=tokenizer_file
+            f"kind{number}", LocalFiles([path]), tmp_path, tokenizer=tokenizer_file
         )
         assert Corpus(folder).documents == 900
 
@@ -312,7 +326,7 @@ def test_text_that_is_not_utf8_is_refused(prepare_mine, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["a[0-9].parquet", "*.parquet", "?", "zip:::x.parquet", "a b", "{x}", "ü", "-x", "x.txt"],
+    ["a[0-9].parquet", "*.parquet", "?", "zip:::x.parquet", "a b", "{x}", "ü", "-x", ".txt"],
 )
 def test_names_of_data_files_are_taken_literally(parquet, prepare_mine, tmp_path, name):
     shutil.copy(parquet[0], tmp_path / "a1.parquet")
@@ -326,7 +340,7 @@ def test_names_of_data_files_are_taken_literally(parquet, prepare_mine, tmp_path
 def test_too_few_documents_to_hold_some_out(tokenizer_file, tmp_path):
     path = write_parquet(tmp_path / "one.parquet", {"text": ["only one"]})
     with pytest.raises(ValueError, match="expected enough documents to hold some out, got 1"):
-        prepare_corpus("one", 1, tmp_path / "d", data_files=[path], tokenizer=tokenizer_file)
+        prepare_corpus("one", LocalFiles([path]), tmp_path / "d", tokenizer=tokenizer_file)
     assert not (tmp_path / "d").exists()
 
 
@@ -353,7 +367,14 @@ def test_the_command_refuses_in_one_line(parquet, tokenizer_file, tmp_path, caps
     shared = ["--root", str(tmp_path / "data"), "--tokenizer", tokenizer_file]
     files = ["--data-files", str(parquet[0])]
     refusals = [
-        ([*shared, *files], "corpus: expected a name of its own for data_files, got 'fineweb"),
+        ([*shared, *files], "corpus: expected a name of its own for data_files or dataset, got"),
+        ([*shared, "--shards", "0"], "shards: expected 1 to 234 of fineweb-edu-dedup, got 0"),
+        ([*shared, "--corpus", "wiki"], "corpus: expected one of ['fineweb-edu-dedup', "),
+        ([*shared, "--subset", "x"], "subset: expected a dataset beside it, got none"),
+        ([*shared, "--text-column", "x"], "text_column: expected a dataset beside it, got none"),
+        ([*shared, "--separator", "x"], "separator: expected data_files to divide, got 'x'"),
+        ([*shared, *files, "--dataset", "a/b"], "dataset: expected none beside data_files, got"),
+        ([*shared, *files, "--split", "x"], "split: expected none beside data_files, got 'x'"),
         ([*shared, "--corpus", "cosmopedia-v2", *files], "corpus: expected a name of its own"),
         ([*shared, "--corpus", "builtin", *files], "corpus: expected 'builtin' with --root alone"),
         ([*shared, "--corpus", "auto", *files], "corpus: expected a name other than"),
