@@ -46,6 +46,9 @@ class Arguments:
     """Folder of prepared corpora."""
     tokenizer: str = SMOLLM_TOKENIZER
     """A tokenizer.json, or a model on the Hugging Face hub; byte-level BPE."""
+    eos_token: str | None = None
+    """The special token that ends a document; by default <|endoftext|>, else the tokenizer's
+    own."""
     held_out: float = HELD_OUT
     """Share of the documents that validation is on; a document's own text decides."""
     replace: bool = False
@@ -82,6 +85,7 @@ def _prepare(arguments: Arguments) -> Corpus:
         arguments.root,
         max_documents=arguments.max_documents,
         tokenizer=arguments.tokenizer,
+        eos_token=arguments.eos_token,
         held_out=arguments.held_out,
         replace=arguments.replace,
     )

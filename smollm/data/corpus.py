@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from smollm.data.shards import TokenWindows, Windows, open_shard
-from smollm.data.tokenizer import end_of_text, read_tokenizer, spellings, vocab_size
+from smollm.data.tokenizer import TOKENIZER_FILE, read_tokenizer, spellings, vocab_size
 from smollm.files import write_json
 
-ABOUT, TOKENIZER, VERIFIED = "corpus.json", "tokenizer.json", "verified.json"
+ABOUT, TOKENIZER, VERIFIED = "corpus.json", TOKENIZER_FILE, "verified.json"
 FORMAT = 2  # of corpus.json; 1 had no digests
 SHARD = re.compile(r"(train|val)_\d{6}\.bin", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -70,11 +70,12 @@ class Corpus:
         self.python = about.python
         self.documents = about.documents
         self.tokenizer = read_tokenizer(folder / TOKENIZER)
-        self.eos_id = end_of_text(self.tokenizer)
+        self.eos_id = about.eos_id
         self.vocab_size = vocab_size(self.tokenizer)
-        self.train: Windows = self._split("train", about)
+        train = self._split("train", about)
+        self.train: Windows = train
         self.val: Windows = self._split("val", about)
-        found = (self.vocab_size, self.eos_id, self.train.tokens, self.val.tokens)
+        found = (self.vocab_size, train.last_token, train.tokens, self.val.tokens)
         said = (about.vocab_size, about.eos_id, about.train_tokens, about.val_tokens)
         if found != said:
             raise ValueError(

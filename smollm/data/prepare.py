@@ -65,7 +65,15 @@ def open_builtin(root: Path = DEFAULT_ROOT) -> Corpus:
         documents = list(python_documents())
         tokenizer = _train_tokenizer([d for d in documents if not is_held_out(d, BUILTIN_HELD_OUT)])
         version = platform.python_version()
-        _write_corpus(new, BUILTIN, documents, tokenizer, held_out=BUILTIN_HELD_OUT, python=version)
+        _write_corpus(
+            new,
+            BUILTIN,
+            documents,
+            tokenizer,
+            end_of_text(tokenizer),
+            held_out=BUILTIN_HELD_OUT,
+            python=version,
+        )
         find_place(root, BUILTIN, replace=True)
         settle(new, place)
     return Corpus(folder)
@@ -78,6 +86,7 @@ def prepare_corpus(
     *,
     max_documents: int | None = None,
     tokenizer: str = SMOLLM_TOKENIZER,
+    eos_token: str | None = None,
     held_out: float = HELD_OUT,
     shard_tokens: int = SHARD_TOKENS,
     replace: bool = False,
@@ -91,6 +100,7 @@ def prepare_corpus(
         max_documents: read no more of them; all by default.
         tokenizer: a tokenizer.json, or a model on the hub; byte-level BPE, whose tokens spell
             every document byte for byte.
+        eos_token: what ends a document; see `load_tokenizer` for the default.
         held_out: share of the documents that are for validation: those whose text's sha256 is
             below it, so that a larger share holds out the same ones and more.
         shard_tokens: tokens in a shard.
@@ -114,12 +124,13 @@ def prepare_corpus(
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out}")
     place = find_place(root, name, replace=replace)
     source.check()
-    loaded = load_tokenizer(tokenizer)
-    end_of_text(loaded)
+    loaded, eos_id = load_tokenizer(tokenizer, eos_token)
     with build(place) as new:
         find_place(root, name, replace=replace)  # another process may just have finished
         documents = islice(source.texts(), max_documents)
-        _write_corpus(new, name, documents, loaded, held_out=held_out, shard_tokens=shard_tokens)
+        _write_corpus(
+            new, name, documents, loaded, eos_id, held_out=held_out, shard_tokens=shard_tokens
+        )
         find_place(root, name, replace=replace)
         settle(new, place)
     return root / name
@@ -153,13 +164,13 @@ def _write_corpus(
     name: str,
     documents: Iterable[str],
     tokenizer: Tokenizer,
+    eos_id: int,
     *,
     held_out: float,
     shard_tokens: int = SHARD_TOKENS,
     python: str | None = None,
 ) -> None:
     """Fill an empty folder: shards, tokenizer.json and last corpus.json."""
-    eos_id = end_of_text(tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a document that spells one out does not end there

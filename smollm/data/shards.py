@@ -149,6 +149,11 @@ class TokenWindows(Windows):
         """Tokens in all shards."""
         return sum(len(shard) for shard in self._shards)
 
+    @property
+    def last_token(self) -> int | None:
+        """What ends the last document; None where there is no token."""
+        return next((int(shard[-1]) for shard in reversed(self._shards) if len(shard)), None)
+
     def num_windows(self, seq_len: int) -> int:
         """Windows of seq_len tokens.
 

@@ -167,7 +167,7 @@ def _jsonl_texts(path: Path, column: str) -> Iterator[str | None]:
                 raise ValueError(
                     f"data_files: expected an object with text in {column!r}, got "
                     f"{line[:80]!r} in line {number} of {path}: "
-                    f"{type(error).__name__}: {str(error):.120}"
+                    f"{type(error).__name__}: {error!s:.120}"
                 ) from error
             yield text
 

@@ -86,6 +86,13 @@ def test_a_missing_field_is_refused(folder, field):
     assert said.startswith(f"{path}: corrupt corpus: {wanted}") and "prepare it again" in said
 
 
+def test_another_end_token_than_that_of_the_shards_is_refused(folder):
+    path = folder / "corpus.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_id": 5}))
+    said = refusal(folder)
+    assert said.startswith(f"{path}: corrupt corpus: expected vocab_size, eos_id,")
+
+
 @pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "corpus.json", "train_0.bin", ""])
 def test_only_parts_of_a_corpus_are_listed(folder, name):
     path = folder / "corpus.json"

@@ -198,6 +198,67 @@ def test_an_end_that_text_can_spell_is_refused(prepare_mine, tmp_path):
         prepare_mine(tmp_path, tokenizer=path)
 
 
+def with_end(path, end):
+    """A byte-level tokenizer.json whose special tokens are `end` and <pad>."""
+    made = Tokenizer.from_file(byte_level(path, 300, special=False))
+    content = json.loads(made.to_str())
+    content["added_tokens"] = []
+    made = Tokenizer.from_str(json.dumps(content))
+    made.add_special_tokens([end, "<pad>"])
+    made.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("form", [lambda end: end, lambda end: {"content": end, "lstrip": False}])
+def test_a_tokenizers_own_end_ends_documents(prepare_mine, tmp_path, form):
+    source = with_end(tmp_path / "tokenizer.json", "</s>")
+    with pytest.raises(ValueError, match=re.escape("a token <|endoftext|>, got none; --eos-token")):
+        prepare_mine(tmp_path, tokenizer=source)
+    given = Corpus(prepare_mine(tmp_path, "given", tokenizer=source, eos_token="</s>"))
+    config = {"eos_token": form("</s>"), "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = Corpus(prepare_mine(tmp_path, "found", tokenizer=source))
+    assert given.sha256 == found.sha256 and given.eos_id == found.eos_id
+    assert found.tokenizer.id_to_token(found.eos_id) == "</s>"
+    assert found.token_bytes[found.eos_id] == 0
+    ends = sum((s == found.eos_id).sum() for w in (found.train, found.val) for s in w._shards)
+    assert ends == 1200
+    other = Corpus(prepare_mine(tmp_path, "other", tokenizer=source, eos_token="<pad>"))
+    assert other.eos_id != found.eos_id and other.sha256 != found.sha256
+    for token, said in (("</x>", "a token </x>, got none"), ("a", "a to be a special token")):
+        with pytest.raises(ValueError, match=f"tokenizer: expected {said}"):
+            prepare_mine(tmp_path, "no", tokenizer=source, eos_token=token)
+
+
+@pytest.mark.parametrize("content", ["[", "[]", "{}", '{"eos_token": null}', '{"eos_token": {}}'])
+def test_an_odd_tokenizer_config_names_no_end(prepare_mine, tmp_path, content):
+    source = with_end(tmp_path / "tokenizer.json", "</s>")
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=re.escape("special tokens to end documents with: ['</s>'")
+    ):
+        prepare_mine(tmp_path, tokenizer=source)
+
+
+def test_a_models_files_come_from_the_hub(prepare_mine, tmp_path, monkeypatch):
+    with_end(tmp_path / "tokenizer.json", "</s>")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    monkeypatch.setattr(tokenizer, "reach_hub", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file: tmp_path / file)
+    prepared = Corpus(prepare_mine(tmp_path, tokenizer="some/model"))
+    assert prepared.tokenizer.id_to_token(prepared.eos_id) == "</s>"
+
+
+def test_bytes_as_a_fallback_are_no_byte_level(prepare_mine, tmp_path):
+    made = Tokenizer(models.BPE({"a": 0, "</s>": 1}, [], byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    source = str(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="expected a byte-level BPE, got another decoder"):
+        prepare_mine(tmp_path, tokenizer=source, eos_token="</s>")
+
+
 TEXT = "Ünïcode  \ttext, <tool> and q: \ufb01ne A\u030a\r\n 日本 \x00 <|endoftext|> end "
 
 
