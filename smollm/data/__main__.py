@@ -12,7 +12,7 @@ from types import FrameType
 import tyro
 
 from smollm.data.corpus import DEFAULT_ROOT, Corpus
-from smollm.data.folders import BUILTIN
+from smollm.data.folders import BUILTIN, unfinished
 from smollm.data.hub import HubDataset
 from smollm.data.prepare import HELD_OUT, open_builtin, prepare_corpus
 from smollm.data.sources import LocalFiles, Source
@@ -61,17 +61,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _interruptible():
             corpus = _prepare(arguments)
+    except BlockingIOError as error:
+        print(f"smollm.data: {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"smollm.data: {error}", file=sys.stderr)
+        _say_what_stays(arguments)
         return 2
     except KeyboardInterrupt:
         print("smollm.data: interrupted", file=sys.stderr)
+        _say_what_stays(arguments)
         return 130
     print(
         f"{corpus.folder}: {corpus.train.tokens:,} training and {corpus.val.tokens:,} validation "
         f"tokens of {corpus.documents:,} documents, sha256 {corpus.sha256[:12]}"
     )
     return 0
+
+
+def _say_what_stays(arguments: Arguments) -> None:
+    if (shards := unfinished(arguments.root, arguments.corpus)) is not None:
+        print(
+            f"smollm.data: whole shards stay in {shards}; the same command goes on from them",
+            file=sys.stderr,
+        )
 
 
 def _prepare(arguments: Arguments) -> Corpus:

@@ -18,6 +18,7 @@ from smollm.data.tokenizer import TOKENIZER_FILE, read_tokenizer, spellings, voc
 from smollm.files import write_json
 
 ABOUT, TOKENIZER, VERIFIED = "corpus.json", TOKENIZER_FILE, "verified.json"
+PROGRESS = "progress.json"  # of a folder that is being filled
 FORMAT = 2  # of corpus.json; 1 had no digests
 SHARD = re.compile(r"(train|val)_\d{6}\.bin", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")

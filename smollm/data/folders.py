@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from smollm.data.corpus import ABOUT, SHARD, TOKENIZER, VERIFIED, holds_corpus, read_manifest
+from smollm.data.corpus import (
+    ABOUT,
+    PROGRESS,
+    SHARD,
+    TOKENIZER,
+    VERIFIED,
+    holds_corpus,
+    read_manifest,
+)
 from smollm.data.hub import HUB_SHARDS
 from smollm.data.shards import is_shard
 from smollm.files import LOCK, locked
@@ -78,15 +86,15 @@ def find_place(root: Path, name: str, *, replace: bool) -> Path:
 def build(place: Path, *, wait: bool = False) -> Iterator[Path]:
     """A folder beside a place, in which to build what `settle` then moves there.
 
-    One process at a time holds it; what a killed one left is cleared, and an interrupted
-    replacement is undone.
+    One process at a time holds it. Of what one left that ended early, whole shards stay for the
+    next, if there are any; the rest is cleared, and an interrupted replacement is undone.
 
     Args:
         place: where the corpus will stand.
         wait: for another process that builds it, instead of refusing.
 
     Yields:
-        An empty folder, which is gone afterwards.
+        A folder, empty but for what is to go on from; gone once it was moved.
 
     Raises:
         BlockingIOError: another process builds it; the text names the process.
@@ -111,7 +119,7 @@ def build(place: Path, *, wait: bool = False) -> Iterator[Path]:
                 ) from None
             held.callback(_clear, building)
             _clear(building)
-            (building / NEW).mkdir()
+            (building / NEW).mkdir(exist_ok=True)
             yield building / NEW
     finally:
         for path in (building, *created):
@@ -123,6 +131,15 @@ def settle(new: Path, place: Path) -> None:
     if place.exists():
         place.rename(new.with_name(OLD))
     new.rename(place)
+
+
+def unfinished(root: Path, name: str) -> Path | None:
+    """Where the whole shards of a preparation that ended early are, if it left any."""
+    if not NAME.fullmatch(name):
+        return None
+    place = (root / name).resolve()
+    new = place.with_name(f".{place.name}{BUILDING}") / NEW
+    return new if (new / PROGRESS).is_file() else None
 
 
 def _check_replaceable(place: Path, shown: Path, *, replace: bool) -> None:
@@ -152,10 +169,10 @@ def _check_replaceable(place: Path, shown: Path, *, replace: bool) -> None:
         )
 
 
-def _is_part(path: Path) -> bool:
+def _is_part(path: Path, *more: str) -> bool:
     """Whether a file in a corpus's folder is one that preparing or opening it writes."""
     name = re.sub(r"^\.(.+)\.\w+\.tmp$", r"\1", path.name)  # a killed process's write_atomically
-    known = (ABOUT, TOKENIZER, VERIFIED)
+    known = (ABOUT, TOKENIZER, VERIFIED, *more)
     return path.is_file() and (name in known or SHARD.fullmatch(name) is not None)
 
 
@@ -170,7 +187,7 @@ def _stranger(building: Path) -> Path | None:
     with suppress(FileNotFoundError):  # its process may be ending
         for path in building.iterdir():
             if path.name in (NEW, OLD) and path.is_dir() and not path.is_symlink():
-                strangers = (part for part in path.iterdir() if not _is_part(part))
+                strangers = (part for part in path.iterdir() if not _is_part(part, PROGRESS))
                 if (stranger := next(strangers, None)) is not None and stranger.exists():
                     return stranger
             elif path.name != LOCK:
@@ -179,12 +196,13 @@ def _stranger(building: Path) -> Path | None:
 
 
 def _clear(building: Path) -> None:
-    """Remove what was built, and what was replaced once something else stands in its place."""
+    """Remove what was built unless it can go on, and what was replaced once that has its place."""
     place = building.with_name(building.name[1 : -len(BUILDING)])
     old = building / OLD
     if old.exists() and not place.exists():
         old.rename(place)
-    for folder in (building / NEW, old):
+    new = building / NEW
+    for folder in (old,) if (new / PROGRESS).is_file() else (new, old):
         shutil.rmtree(folder, ignore_errors=True)
 
 

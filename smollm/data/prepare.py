@@ -5,31 +5,19 @@ It holds token shards (train_000000.bin, ..., val_000000.bin, ...), tokenizer.js
 
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from smollm.data.corpus import DEFAULT_ROOT, TOKENIZER, Corpus, Manifest, write_manifest
+from smollm.data.corpus import DEFAULT_ROOT, Corpus
 from smollm.data.folders import BUILTIN, build, check_new_name, find_place, settle
-from smollm.data.shards import MAX_TOKENS, write_shard
+from smollm.data.shards import MAX_TOKENS
 from smollm.data.sources import Source, python_documents
-from smollm.data.tokenizer import (
-    END_OF_TEXT,
-    SMOLLM_TOKENIZER,
-    end_of_text,
-    load_tokenizer,
-    spellings,
-    vocab_size,
-)
-from smollm.files import write_atomically
+from smollm.data.tokenise import SHARD_TOKENS, Recipe, is_held_out, write_corpus
+from smollm.data.tokenizer import END_OF_TEXT, SMOLLM_TOKENIZER, end_of_text, load_tokenizer
 
 BUILTIN_VOCAB = 4096
-SHARD_TOKENS = 100_000_000
 HELD_OUT, BUILTIN_HELD_OUT = 0.005, 0.05  # of the documents
 
 
@@ -64,16 +52,14 @@ def open_builtin(root: Path = DEFAULT_ROOT) -> Corpus:
             return whole
         documents = list(python_documents())
         tokenizer = _train_tokenizer([d for d in documents if not is_held_out(d, BUILTIN_HELD_OUT)])
-        version = platform.python_version()
-        _write_corpus(
-            new,
+        recipe = Recipe(
             BUILTIN,
-            documents,
             tokenizer,
             end_of_text(tokenizer),
-            held_out=BUILTIN_HELD_OUT,
-            python=version,
+            BUILTIN_HELD_OUT,
+            python=platform.python_version(),
         )
+        write_corpus(new, recipe, lambda: documents, len(documents))
         find_place(root, BUILTIN, replace=True)
         settle(new, place)
     return Corpus(folder)
@@ -92,6 +78,9 @@ def prepare_corpus(
     replace: bool = False,
 ) -> Path:
     """Tokenise documents into shards.
+
+    A preparation that ended early, killed or not, leaves its whole shards; the same request then
+    goes on from them, and another one of that name begins anew.
 
     Args:
         name: the corpus's.
@@ -123,14 +112,20 @@ def prepare_corpus(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out}")
     place = find_place(root, name, replace=replace)
-    source.check()
+    total = source.check()
     loaded, eos_id = load_tokenizer(tokenizer, eos_token)
+    request = {
+        "source": source.plain,
+        "max_documents": max_documents,
+        "tokenizer": hashlib.sha256(loaded.to_str().encode()).hexdigest(),
+        "eos_id": eos_id,
+        "held_out": held_out,
+        "shard_tokens": shard_tokens,
+    }
+    recipe = Recipe(name, loaded, eos_id, held_out, shard_tokens, request=request)
     with build(place) as new:
         find_place(root, name, replace=replace)  # another process may just have finished
-        documents = islice(source.texts(), max_documents)
-        _write_corpus(
-            new, name, documents, loaded, eos_id, held_out=held_out, shard_tokens=shard_tokens
-        )
+        write_corpus(new, recipe, lambda: islice(source.texts(), max_documents), total)
         find_place(root, name, replace=replace)
         settle(new, place)
     return root / name
@@ -157,121 +152,3 @@ def _train_tokenizer(documents: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
-
-
-def _write_corpus(
-    folder: Path,
-    name: str,
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    eos_id: int,
-    *,
-    held_out: float,
-    shard_tokens: int = SHARD_TOKENS,
-    python: str | None = None,
-) -> None:
-    """Fill an empty folder: shards, tokenizer.json and last corpus.json."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a document that spells one out does not end there
-    spelled = spellings(tokenizer)
-    writers = {s: _ShardWriter(folder, s, shard_tokens) for s in ("train", "val")}
-    count = 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    screen = Console(stderr=True)
-    shown = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
-    with shown as progress:
-        task = progress.add_task(f"tokenising {name}")
-        for texts in _batches(documents, 256):
-            for text, encoding in zip(texts, _encode(tokenizer, texts), strict=True):
-                _check_spelling(text, b"".join(map(spelled.__getitem__, encoding.ids)))
-                split = "val" if is_held_out(text, held_out) else "train"
-                writers[split].add([*encoding.ids, eos_id])
-            count += len(texts)
-            tokens = sum(writer.tokens for writer in writers.values())
-            progress.update(
-                task, description=f"tokenising {name}: {count:,} documents, {tokens:,} tokens"
-            )
-    for split, writer in writers.items():
-        writer.close()
-        if writer.tokens == 0:
-            raise ValueError(
-                f"{name}: expected enough documents to hold some out, got {count} and an "
-                f"empty {split} split with held_out {held_out}"
-            )
-    about = tokenizer.to_str(pretty=True).encode()
-    write_atomically(folder / TOKENIZER, lambda file: file.write(about))
-    files = {TOKENIZER: hashlib.sha256(about).hexdigest()}
-    manifest = Manifest(
-        name=name,
-        vocab_size=vocab_size(tokenizer),
-        eos_id=eos_id,
-        documents=count,
-        train_tokens=writers["train"].tokens,
-        val_tokens=writers["val"].tokens,
-        files=files | writers["train"].files | writers["val"].files,
-        python=python,
-    )
-    write_manifest(folder, manifest)
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
-    try:
-        encodings: list[Encoding] = tokenizer.encode_batch(texts, add_special_tokens=False)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer: expected one that takes any text, got {error}") from error
-    return encodings
-
-
-def _check_spelling(text: str, spelled: bytes) -> None:
-    """Bits per byte counts the bytes of tokens, so they must be those of the document."""
-    raw = text.encode()
-    if spelled != raw:
-        pairs = zip(raw, spelled, strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        raise ValueError(
-            "tokenizer: expected tokens that spell every document byte for byte, got "
-            f"{spelled[same : same + 40]!r} for {raw[same : same + 40]!r}; a normalizer, a prefix "
-            "space, unknown tokens, or added tokens that take in spaces do this"
-        )
-
-
-def _batches(documents: Iterable[str], size: int) -> Iterator[list[str]]:
-    stream = iter(documents)
-    while batch := list(islice(stream, size)):
-        yield batch
-
-
-class _ShardWriter:
-    """Cuts a stream of documents into shards of shard_tokens tokens."""
-
-    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
-        self.tokens = 0
-        self.files: dict[str, str] = {}  # sha256 by name
-        self._folder = folder
-        self._split = split
-        self._filled = 0
-        self._buffer = np.empty(shard_tokens, dtype=np.uint16)
-
-    def add(self, ids: list[int]) -> None:
-        new = np.array(ids, dtype=np.uint16)
-        self.tokens += len(new)
-        while len(new):
-            taken = new[: len(self._buffer) - self._filled]
-            self._buffer[self._filled : self._filled + len(taken)] = taken
-            self._filled += len(taken)
-            new = new[len(taken) :]
-            if self._filled == len(self._buffer):
-                self.close()
-
-    def close(self) -> None:
-        if self._filled:
-            name = f"{self._split}_{len(self.files):06d}.bin"
-            self.files[name] = write_shard(self._folder / name, self._buffer[: self._filled])
-            self._filled = 0
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is for validation: its own text decides, whatever stands around it."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "little") < share * 2**64

@@ -20,12 +20,12 @@ from smollm.data import (
     LocalFiles,
     hub,
     load_corpus,
-    prepare,
     prepare_corpus,
     tokenizer,
 )
 from smollm.data.__main__ import main
 from smollm.data.shards import open_shard
+from smollm.data.tokenise import is_held_out
 
 SMOLLM = HubDataset.smollm("fineweb-edu-dedup", 2)
 
@@ -40,7 +40,7 @@ def test_parquet_becomes_shards(parquet, prepare_mine, tmp_path):
     texts = [t for path in parquet for t in datasets.Dataset.from_parquet(str(path))["text"]]
     ids = np.concatenate(corpus.train._shards).tolist()
     decoded = corpus.tokenizer.decode(ids, skip_special_tokens=False).split("<|endoftext|>")[:-1]
-    held = [t for t in texts if prepare.is_held_out(t, 0.005)]
+    held = [t for t in texts if is_held_out(t, 0.005)]
     assert decoded == [t for t in texts if t not in held] and 0 < len(held) < 30
     assert load_corpus("auto", tmp_path).name == "mine"
     assert load_corpus("mine", tmp_path).sha256 == corpus.sha256
