@@ -1,6 +1,7 @@
 """Corpora: where documents come from, how they become token shards, and what opens those."""
 
 from smollm.data.corpus import Corpus
+from smollm.data.folders import BUILTINS
 from smollm.data.hub import HubDataset
 from smollm.data.load import load_corpus
 from smollm.data.mixture import Mixture
@@ -9,6 +10,7 @@ from smollm.data.shards import document_boundaries
 from smollm.data.sources import LocalFiles
 
 __all__ = [
+    "BUILTINS",
     "Corpus",
     "HubDataset",
     "LocalFiles",

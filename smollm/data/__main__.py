@@ -12,7 +12,7 @@ from types import FrameType
 import tyro
 
 from smollm.data.corpus import DEFAULT_ROOT, Corpus
-from smollm.data.folders import BUILTIN, unfinished
+from smollm.data.folders import BUILTINS, unfinished
 from smollm.data.hub import HubDataset
 from smollm.data.prepare import HELD_OUT, open_builtin, prepare_corpus
 from smollm.data.sources import LocalFiles, Source
@@ -24,8 +24,8 @@ class Arguments:
     """Prepare a corpus for train.py: download, tokenise, write shards."""
 
     corpus: str = "fineweb-edu-dedup"
-    """"fineweb-edu-dedup" or "cosmopedia-v2" of the SmolLM corpus, "builtin", or another name,
-    for --dataset or --data-files."""
+    """"fineweb-edu-dedup" or "cosmopedia-v2" of the SmolLM corpus, "builtin" or "builtin-code" of
+    this Python, or another name, for --dataset or --data-files."""
     shards: int = 2
     """Files of the SmolLM corpus to take, about 2 GB each."""
     dataset: str | None = None
@@ -52,7 +52,7 @@ class Arguments:
     held_out: float = HELD_OUT
     """Share of the documents that validation is on; a document's own text decides."""
     replace: bool = False
-    """Replace a corpus of that name. "builtin" needs no asking."""
+    """Replace a corpus of that name. The built-in ones need no asking."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,10 +88,11 @@ def _say_what_stays(arguments: Arguments) -> None:
 
 
 def _prepare(arguments: Arguments) -> Corpus:
-    if arguments.corpus == BUILTIN:
-        if arguments != Arguments(BUILTIN, root=arguments.root, replace=arguments.replace):
-            raise ValueError(f"corpus: expected {BUILTIN!r} with --root alone, got other flags too")
-        return open_builtin(arguments.root)
+    name = arguments.corpus
+    if name in BUILTINS:
+        if arguments != Arguments(name, root=arguments.root, replace=arguments.replace):
+            raise ValueError(f"corpus: expected {name!r} with --root alone, got other flags too")
+        return open_builtin(arguments.root, name)
     folder = prepare_corpus(
         arguments.corpus,
         _source(arguments),

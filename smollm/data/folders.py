@@ -20,7 +20,8 @@ from smollm.data.hub import HUB_SHARDS
 from smollm.data.shards import is_shard
 from smollm.files import LOCK, locked
 
-AUTO, BUILTIN = "auto", "builtin"
+AUTO, BUILTIN, BUILTIN_CODE = "auto", "builtin", "builtin-code"
+BUILTINS = (BUILTIN, BUILTIN_CODE)  # need no network
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 BUILDING = ".building"
 NEW, OLD = "new", "old"  # inside the folder that is being built: what comes and what goes
@@ -50,7 +51,7 @@ def check_new_name(name: str, own: str | None = None) -> None:
         ValueError: it may not.
     """
     check_name(name)
-    reserved = (AUTO, BUILTIN)
+    reserved = (AUTO, *BUILTINS)
     if name.lower() in reserved:
         raise ValueError(f"corpus: expected a name other than {reserved}, got {name!r}")
     if name.lower() in HUB_SHARDS and name != own:
@@ -157,7 +158,7 @@ def _check_replaceable(place: Path, shown: Path, *, replace: bool) -> None:
             f"corpus: expected a corpus in {shown} and nothing else, got also {stranger.name!r}; "
             f"{remedy}"
         )
-    if not holds_corpus(place) and not (shown.name == BUILTIN and _was_corpus(place)):
+    if not holds_corpus(place) and not (shown.name in BUILTINS and _was_corpus(place)):
         raise ValueError(
             f"corpus: expected a corpus in {shown}, got a folder without a {ABOUT} of ours; "
             f"{remedy}"

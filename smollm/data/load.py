@@ -3,17 +3,18 @@
 from pathlib import Path
 
 from smollm.data.corpus import ABOUT, DEFAULT_ROOT, Corpus, prepare_command
-from smollm.data.folders import AUTO, BUILTIN, NAME, check_name
+from smollm.data.folders import AUTO, BUILTIN, BUILTINS, NAME, check_name
 from smollm.data.mixture import Mixture, parse_weights
 from smollm.data.prepare import open_builtin
 
 
 def load_corpus(name: str = AUTO, root: Path = DEFAULT_ROOT) -> Corpus:
-    """Open a prepared corpus; the built-in one is prepared when it is not there yet.
+    """Open a prepared corpus; a built-in one is prepared when it is not there yet.
 
     Args:
-        name: a corpus under root, "builtin", or "auto" (default): the one prepared last, except
-            the built-in one, which it falls back to. "NAME=WEIGHT,NAME=WEIGHT" is a `Mixture`.
+        name: a corpus under root, "builtin", "builtin-code", or "auto" (default): the one prepared
+            last, except the built-in ones; it falls back to "builtin".
+            "NAME=WEIGHT,NAME=WEIGHT" is a `Mixture`.
         root: folder of prepared corpora.
 
     Raises:
@@ -31,8 +32,8 @@ def load_corpus(name: str = AUTO, root: Path = DEFAULT_ROOT) -> Corpus:
     if name == AUTO:
         name = _newest(root) or BUILTIN
     check_name(name)
-    if name == BUILTIN:
-        return open_builtin(root)
+    if name in BUILTINS:
+        return open_builtin(root, name)
     if not (root / name / ABOUT).is_file():
         raise FileNotFoundError(
             f"corpus: expected one prepared under {root}/, got {name!r}; prepare it with "
@@ -42,10 +43,10 @@ def load_corpus(name: str = AUTO, root: Path = DEFAULT_ROOT) -> Corpus:
 
 
 def _newest(root: Path) -> str | None:
-    """The name of the corpus prepared last, but the built-in one."""
+    """The name of the corpus prepared last, but the built-in ones."""
     prepared = [
         (path.stat().st_mtime_ns, path.parent.name)
         for path in root.glob(f"*/{ABOUT}")
-        if NAME.fullmatch(path.parent.name) and path.parent.name != BUILTIN and path.is_file()
+        if NAME.fullmatch(path.parent.name) and path.parent.name not in BUILTINS and path.is_file()
     ]
     return max(prepared)[1] if prepared else None

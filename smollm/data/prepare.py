@@ -11,9 +11,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smollm.data.corpus import DEFAULT_ROOT, Corpus
-from smollm.data.folders import BUILTIN, build, check_new_name, find_place, settle
+from smollm.data.folders import BUILTIN, BUILTINS, build, check_new_name, find_place, settle
 from smollm.data.shards import MAX_TOKENS
-from smollm.data.sources import Source, python_documents
+from smollm.data.sources import Source, python_documents, python_sources
 from smollm.data.tokenise import SHARD_TOKENS, Recipe, is_held_out, write_corpus
 from smollm.data.tokenizer import END_OF_TEXT, SMOLLM_TOKENIZER, end_of_text, load_tokenizer
 
@@ -21,16 +21,19 @@ BUILTIN_VOCAB = 4096
 HELD_OUT, BUILTIN_HELD_OUT = 0.005, 0.05  # of the documents
 
 
-def prepare_builtin(root: Path = DEFAULT_ROOT) -> Path:
-    """Tokenise the prose that CPython carries, unless this version's already stands there.
+def prepare_builtin(root: Path = DEFAULT_ROOT, name: str = BUILTIN) -> Path:
+    """Tokenise text that CPython carries, unless this version's already stands there.
 
-    Documents are pydoc's help topics and the docstrings of each module of the standard library,
-    about 1.7 MB; the tokenizer is a byte-level BPE of 4096 entries trained on the training
-    documents. The text varies with Python's version, and so does the corpus hash. A damaged one
-    is made anew; of two processes that make it at once one waits for the other's.
+    Documents are pydoc's help topics and, of each module of the standard library, the docstrings
+    ("builtin", about 2 MB of prose) or all of it ("builtin-code", about 12 MB); the tokenizer is a
+    byte-level BPE of 4096 entries trained on the training documents. The first is the default,
+    since it is there in half the time and the cpu preset sees a quarter of it. The text varies
+    with Python's version, and so does the corpus hash. A damaged one is made anew; of two
+    processes that make it at once one waits for the other's.
 
     Args:
         root: folder of prepared corpora.
+        name: which of the two.
 
     Returns:
         The corpus's folder.
@@ -38,29 +41,31 @@ def prepare_builtin(root: Path = DEFAULT_ROOT) -> Path:
     Raises:
         ValueError: what stands there is no corpus of ours, and is left alone.
     """
-    return open_builtin(root).folder
+    return open_builtin(root, name).folder
 
 
-def open_builtin(root: Path = DEFAULT_ROOT) -> Corpus:
-    """The built-in corpus, prepared when need be; see `prepare_builtin`."""
-    folder = root / BUILTIN
+def open_builtin(root: Path = DEFAULT_ROOT, name: str = BUILTIN) -> Corpus:
+    """A built-in corpus, prepared when need be; see `prepare_builtin`."""
+    if name not in BUILTINS:
+        raise ValueError(f"corpus: expected one of {BUILTINS}, got {name!r}")
+    folder = root / name
     if (whole := _whole_builtin(folder)) is not None:
         return whole
-    place = find_place(root, BUILTIN, replace=True)
+    place = find_place(root, name, replace=True)
     with build(place, wait=True) as new:
         if (whole := _whole_builtin(folder)) is not None:
             return whole
-        documents = list(python_documents())
+        documents = list(python_documents() if name == BUILTIN else python_sources())
         tokenizer = _train_tokenizer([d for d in documents if not is_held_out(d, BUILTIN_HELD_OUT)])
         recipe = Recipe(
-            BUILTIN,
+            name,
             tokenizer,
             end_of_text(tokenizer),
             BUILTIN_HELD_OUT,
             python=platform.python_version(),
         )
         write_corpus(new, recipe, lambda: documents, len(documents))
-        find_place(root, BUILTIN, replace=True)
+        find_place(root, name, replace=True)
         settle(new, place)
     return Corpus(folder)
 
@@ -132,7 +137,7 @@ def prepare_corpus(
 
 
 def _whole_builtin(folder: Path) -> Corpus | None:
-    """The built-in corpus if it stands there undamaged and is of this Python's text."""
+    """A built-in corpus if it stands there undamaged and is of this Python's text."""
     try:
         corpus = Corpus(folder)
     except (ValueError, FileNotFoundError):

@@ -4,6 +4,7 @@ import ast
 import codecs
 import json
 import sysconfig
+import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,15 +107,9 @@ class LocalFiles(Source):
 
 def python_documents() -> Iterator[str]:
     """pydoc's topics, then each standard library module's docstrings, in a fixed order."""
-    from pydoc_data.topics import topics
-
-    yield from (text for _, text in sorted(topics.items()))
-    skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    root = Path(sysconfig.get_paths()["stdlib"])
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in sorted(root.rglob("*.py")):
-        if skipped & set(path.relative_to(root).parts):
-            continue
+    yield from _topics()
+    for path in _library():
         try:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
@@ -123,6 +118,32 @@ def python_documents() -> Iterator[str]:
         text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
         if text:
             yield text
+
+
+def python_sources() -> Iterator[str]:
+    """pydoc's topics, then each standard library module whole, in a fixed order."""
+    yield from _topics()
+    for path in _library():
+        try:
+            with tokenize.open(path) as file:
+                text = file.read()
+        except (OSError, SyntaxError, ValueError):
+            continue
+        if text:
+            yield text
+
+
+def _topics() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    return (text for _, text in sorted(topics.items()))
+
+
+def _library() -> Iterator[Path]:
+    skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(root.rglob("*.py"))
+    return (path for path in paths if not skipped & set(path.relative_to(root).parts))
 
 
 def _kind(path: Path) -> str:

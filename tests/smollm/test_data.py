@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smollm.data import Corpus, prepare, prepare_builtin
+from smollm.data import Corpus, load_corpus, prepare, prepare_builtin, sources
 from smollm.data.shards import TokenWindows, document_boundaries, open_shard, write_shard
 
 
@@ -207,3 +208,19 @@ def test_another_pythons_text_is_replaced(corpus, tmp_path, monkeypatch):
     (folder / "corpus.json").write_text(json.dumps(about | {"python": "2.7.18"}))
     monkeypatch.setattr(prepare, "python_documents", lambda: (f"newer {i}" for i in range(300)))
     assert Corpus(prepare_builtin(tmp_path)).sha256 != about["sha256"]
+
+
+def test_the_builtin_code_is_the_library_whole(tmp_path, monkeypatch):
+    texts = list(sources.python_sources())
+    assert texts[:100] == list(islice(sources.python_sources(), 100))
+    assert sum(map(len, texts)) > 8_000_000
+    assert any("class OrderedDict(dict):" in text for text in texts)
+    monkeypatch.setattr(prepare, "python_sources", lambda: iter(texts[:100]))
+    corpus = load_corpus("builtin-code", tmp_path)
+    assert corpus.name == "builtin-code" and corpus.documents == 100
+    again = prepare_builtin(tmp_path, "builtin-code")
+    assert Corpus(again).sha256 == corpus.sha256
+    monkeypatch.setattr(prepare, "python_documents", lambda: (f"document {i}" for i in range(300)))
+    assert load_corpus("auto", tmp_path).name == "builtin"
+    with pytest.raises(ValueError, match=re.escape("one of ('builtin', 'builtin-code'), got 'x'")):
+        prepare_builtin(tmp_path, "x")

@@ -38,7 +38,7 @@ def tree(root):
 def no_work(monkeypatch):
     """Fail as soon as a tokenizer or a document is read."""
     for where, name in (
-        (prepare, "load_tokenizer"), (prepare, "python_documents"),
+        (prepare, "load_tokenizer"), (prepare, "python_documents"), (prepare, "python_sources"),
         (LocalFiles, "check"), (LocalFiles, "texts"),
     ):  # fmt: skip
         monkeypatch.setattr(where, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
@@ -62,7 +62,9 @@ def test_odd_names_are_refused(no_work, parquet, tmp_path, name):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["auto", "builtin", "Auto", "BUILTIN", "Cosmopedia-v2"])
+@pytest.mark.parametrize(
+    "name", ["auto", "builtin", "builtin-code", "Auto", "BUILTIN", "Cosmopedia-v2"]
+)
 def test_names_that_mean_something_else_are_refused(no_work, parquet, tmp_path, name):
     with pytest.raises(ValueError, match=f"corpus: expected a name .*{name}"):
         prepare_corpus(name, LocalFiles(parquet), tmp_path, replace=True)
@@ -111,14 +113,14 @@ STRANGERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["mine", "builtin"])
+@pytest.mark.parametrize("name", ["mine", "builtin", "builtin-code"])
 @pytest.mark.parametrize("stand", STRANGERS)
 def test_only_a_corpus_of_ours_is_replaced(no_work, parquet, tmp_path, stand, name):
     stand(tmp_path / name)
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}")):
-        if name == "builtin":
-            prepare_builtin(tmp_path)
+        if name != "mine":
+            prepare_builtin(tmp_path, name)
         else:
             prepare_corpus(name, LocalFiles(parquet), tmp_path, replace=True)
     assert tree(tmp_path) == before

@@ -438,6 +438,10 @@ def test_the_command_refuses_in_one_line(parquet, tokenizer_file, tmp_path, caps
         ([*shared, *files, "--split", "x"], "split: expected none beside data_files, got 'x'"),
         ([*shared, "--corpus", "cosmopedia-v2", *files], "corpus: expected a name of its own"),
         ([*shared, "--corpus", "builtin", *files], "corpus: expected 'builtin' with --root alone"),
+        (
+            [*shared, "--corpus", "builtin-code", "--max-documents", "5"],
+            "corpus: expected 'builtin-code' with --root alone",
+        ),
         ([*shared, "--corpus", "auto", *files], "corpus: expected a name other than"),
         ([*shared, "--corpus", "x", "--data-files", str(tmp_path)], "data_files: expected a parq"),
     ]
