@@ -10,6 +10,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from rich.table import Table
 
+from smollm.data import BUILTINS
 from smollm.files import write_atomically
 from smollm.studies import folder as places
 from smollm.studies.compare import Group, at_their_best, differences, group, speed_ups
@@ -77,7 +78,7 @@ def headline(about: dict[str, Any]) -> dict[str, str]:
         f"seed {', '.join(map(str, about['config']['seeds'] or [train['seed']]))}",
         "Device": f"{several}{about['device']}, torch {about['versions']['torch']}",
     }
-    if corpus["name"] == "builtin":
+    if corpus["name"] in BUILTINS:
         lines["Note"] = (
             "the built-in corpus proves the pipeline, not an architecture; "
             "`python -m smollm.data --corpus fineweb-edu-dedup --shards 2` prepares a real one"

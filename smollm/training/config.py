@@ -29,8 +29,8 @@ class TrainConfig:
 
     corpus: str = "auto"
     """Prepared corpus to train on. "auto": the newest that `python -m smollm.data` prepared,
-    else "builtin", which needs no network. NAME=WEIGHT,NAME=WEIGHT mixes several, by the share
-    of the tokens that each has."""
+    else "builtin", which needs no network, as "builtin-code". NAME=WEIGHT,NAME=WEIGHT mixes
+    several, by the share of the tokens that each has."""
     data_dir: Path = Path(".data")
     """Folder of prepared corpora."""
     seq_len: Annotated[int, Range(2, LARGEST)] = 512
