@@ -136,9 +136,10 @@ def settle(new: Path, place: Path) -> None:
 
 def unfinished(root: Path, name: str) -> Path | None:
     """Where the whole shards of a preparation that ended early are, if it left any."""
-    if not NAME.fullmatch(name):
+    link = root / name
+    if not NAME.fullmatch(name) or (link.is_symlink() and not link.exists()):
         return None
-    place = (root / name).resolve()
+    place = link.resolve()
     new = place.with_name(f".{place.name}{BUILDING}") / NEW
     return new if (new / PROGRESS).is_file() else None
 

@@ -117,7 +117,7 @@ def prepare_corpus(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out}")
     place = find_place(root, name, replace=replace)
-    total = source.check()
+    total = min(filter(None, (source.check(), max_documents)), default=None)
     loaded, eos_id = load_tokenizer(tokenizer, eos_token)
     request = {
         "source": source.plain,
