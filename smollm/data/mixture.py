@@ -26,8 +26,8 @@ class Mixture(Corpus):
     Weights are shares of the tokens. Of the examples that are trained on, each corpus has its
     share exactly in every `period`, and within one example in what comes before any: see `Turns`.
     Each is shuffled, and repeated when it is through, by itself. Validation takes windows of the
-    corpora's held-out documents at the same shares, fewer where one has not enough, so that its
-    loss is the mixture's; bits per byte compare across mixtures, as across corpora.
+    corpora's held-out documents at the same shares, fewer where one has not enough: its loss is
+    the mixture's own, and runs at other weights are validated on other text.
 
     Args:
         corpora: distinct ones.
