@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -225,6 +226,7 @@ def speed_ups(groups: Sequence[Group]) -> tuple[PowerLaw | None, list[SpeedUp]]:
     return law, found
 
 
+@cache
 def student_t(level: float, freedom: int) -> float:
     """The t with which `level` of Student's distribution lies in [-t, t].
 

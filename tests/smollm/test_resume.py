@@ -62,13 +62,13 @@ assert killed_at(stopped[1], "smollm.training.trainer", "seed_step", -1) == 0
 IN_EVERY_RUN = [  # (module, function, call): where each attempt ends
     ("smollm.training.trainer", "seed_step", 5),  # of the run before one step was left
     ("torch", "save", 1),
-    ("smollm.training.metrics", "generation", 1),
 ]
 KILLS = [
     ("smollm.training.trainer", "seed_step", 2),  # no checkpoint yet
     *IN_EVERY_RUN * len(MECHANISMS),
     ("smollm.training.metrics", "evaluate", 1),
     ("smollm.training.trainer", "accumulate_gradients", 1),
+    ("smollm.training.metrics", "generation", 1),
     ("smollm.training.run", "save_model", 1),
     ("smollm.studies.study", "write_json", 1),
     ("smollm.studies.study", "clear_checkpoints", 4),
