@@ -31,8 +31,9 @@ def plot_loss(path: Path, groups: Sequence[Group]) -> None:
         1, 2, figsize=(12, 5), sharey=True, width_ratios=(3, 2), layout="constrained"
     )
     by_tokens, by_seconds = panels
-    runs = [run for each in groups for run in each.runs]
-    lines = [line for run in runs for line in (_smoothed(run), _validated(run))]
+    alone = [each.runs[0] for each in groups if len(each.runs) == 1]
+    lines = [_validated(run) for each in groups for run in each.runs]
+    lines += [_smoothed(run) for run in alone]
     low, high = _limits([point for line in lines for point in line])
     by_tokens.set_ylim(low, high)
     for each, color, style in _styled(groups):
@@ -41,7 +42,12 @@ def plot_loss(path: Path, groups: Sequence[Group]) -> None:
     by_tokens.set_xlabel("training tokens")
     by_tokens.xaxis.set_major_formatter(EngFormatter())
     by_tokens.set_ylabel("loss (nats per token)")
-    by_tokens.set_title("training, smoothed (faint), and validation (marked)")
+    seeds = len(alone) < len(groups)
+    by_tokens.set_title(
+        "validation (marked)"
+        + ", mean and range over seeds" * seeds
+        + ", and training, smoothed (faint)" * bool(alone)
+    )
     by_seconds.set_xlabel("seconds of training")
     by_seconds.set_title("validation")
     for axes in panels:
