@@ -9,8 +9,6 @@ meanwhile.
 
 import argparse
 import json
-import platform
-import re
 import statistics
 import sys
 import time
@@ -33,6 +31,7 @@ from kernels.reference import visible
 from smollm.model import SmolLM
 from smollm.model.config import ModelConfig, build_model
 from smollm.training.config import PRESETS
+from smollm.training.metrics import cpu_name
 from tests.cases import AttentionCase
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
@@ -303,13 +302,6 @@ def generation(rounds: int) -> Iterator[Row]:
 
 
 PARTS = {"attention": attention, "training": training, "generation": generation}
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it, elsewhere as Python does."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -78,6 +78,8 @@ def headline(about: dict[str, Any]) -> dict[str, str]:
         f"seed {', '.join(map(str, about['config']['seeds'] or [train['seed']]))}",
         "Device": f"{several}{about['device']}, torch {about['versions']['torch']}",
     }
+    if about["git_commit"] is not None:
+        lines["Commit"] = about["git_commit"]
     if corpus["name"] in BUILTINS:
         lines["Note"] = (
             "the built-in corpus proves the pipeline, not an architecture; "
@@ -123,6 +125,13 @@ def table(groups: Sequence[Group]) -> Table:
     for index, title in enumerate(names[1:], start=1):
         view.add_row(title, *(row[index] for row in cells))
     return view
+
+
+def markdown(groups: Sequence[Group]) -> list[str]:
+    """The comparison as lines of markdown."""
+    names = titles(groups)
+    lines = ["| " + " | ".join(names) + " |", "|:--" + "|--:" * (len(names) - 1) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows(groups)]
 
 
 def note(groups: Sequence[Group]) -> str:
@@ -234,10 +243,7 @@ def write_report(folder: Path, runs: Sequence[Run], about: dict[str, str], repea
     lines = ["# Attention ablation", ""]
     verdicts = (*unfinished_lines(runs), *best_lines(chosen), *verdict_lines(groups))
     lines += [f"- {line}" for line in verdicts]
-    names = titles(groups)
-    lines += ["", "| " + " | ".join(names) + " |", "|:--" + "|--:" * (len(names) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(groups)]
-    lines += ["", note(groups)]
+    lines += ["", *markdown(groups), "", note(groups)]
     lines += _inference(chosen)
     for title, (path, _, _) in images.items():
         lines += ["", f"![{title}]({path})"]

@@ -27,7 +27,7 @@ from smollm.training.checks import check_config
 from smollm.training.config import Config
 from smollm.training.display import make_progress
 from smollm.training.interrupts import Interrupts
-from smollm.training.metrics import check_targets
+from smollm.training.metrics import check_targets, cpu_name
 from smollm.training.parallel import World, joined, leading
 from smollm.training.record import Run, checkpoint_folder
 from smollm.training.run import train_run
@@ -302,7 +302,7 @@ def describe(config: Config, corpus: Corpus, world: World) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "processes": world.size,
-        "device": gpu or f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "device": gpu or f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # names its build, as its metadata need not

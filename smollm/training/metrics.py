@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import math
+import platform
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -154,6 +156,13 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU, so that the host's clock measures its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it, elsewhere as Python does."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def peak_flops(device: torch.device, config: TrainConfig) -> float | None:

@@ -6,9 +6,12 @@ import re
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from study_cases import ROOT
 
+from smollm.attention import MECHANISMS
 from smollm.studies import plots, report
 from smollm.studies.compare import group
+from smollm.studies.folder import read_runs
 from smollm.training.record import Record, Run
 
 MIB = 2**20
@@ -154,3 +157,24 @@ def test_reports_of_little_are_written(runs, tmp_path):
     for name in ("loss.png", "speed_and_memory.png", "trade_offs.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^\| Model \| Loss \|", (tmp_path / "report.md").read_text(), re.MULTILINE)
+
+
+STUDIES = ROOT / "bench" / "studies"
+
+
+def test_the_readme_shows_a_study_that_is_there():
+    """Its table and verdicts are made of the committed results, and their records agree."""
+    readme = (ROOT / "README.md").read_text()
+    runs = list(read_runs(STUDIES / "cpu").values())
+    groups = group(runs)
+    assert "\n".join(report.markdown(groups)) in readme
+    for line in report.verdict_lines(groups):
+        assert f"- {line}\n" in readme
+    assert len({run.config["seed"] for run in runs}) == 3 and len(runs) == 3 * len(MECHANISMS)
+    for run in runs:
+        assert run.status == "finished" and run.val_loss == run.history[-1].val_loss
+    more = group([*runs, *read_runs(STUDIES / "environments").values()])
+    for each in more:
+        if each.mechanism == "mga":
+            cell = f"{each.mean('bits_per_byte'):.4f} ± {each.spread('bits_per_byte'):.4f}"
+            assert f'| MGA, `"{each.point["environment"]}"` | {cell} |' in readme
