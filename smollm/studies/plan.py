@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +21,8 @@ from smollm.training.config import PRESETS, Config, Preset, TrainConfig
 
 PLAN = Path("study.toml")
 VALUE = re.compile(r"[A-Za-z0-9.+_-]+")
-FIELDS = {field.name for field in fields(TrainConfig)} | set(ModelConfig().flags)
+TRAIN_FIELDS = {field.name for field in fields(TrainConfig)}
+FIELDS = TRAIN_FIELDS | set(ModelConfig().flags)
 
 
 @dataclass(frozen=True)
@@ -160,17 +162,9 @@ def _matched(cell: Cell, first: str, target: Config) -> Config:
     A layer's cost is linear in that width, so that of two widths tells it.
     """
 
-    def cost(mechanism: str, config: Config, width: int) -> int:
-        shape = replace(config.model, ffn_hidden_dim=width)
-        with torch.device("meta"):
-            model = build_model(mechanism, shape, vocab_size=1)
-        if config.match == "params":
-            return model.count_parameters()
-        return model.flops_per_token(config.train.seq_len)
-
-    wanted = cost(first, target, target.model.ffn_hidden_dim)
-    base = cost(cell.mechanism, cell.config, 1)
-    slope = cost(cell.mechanism, cell.config, 2) - base
+    wanted = _cost(first, target, target.model.ffn_hidden_dim)
+    base = _cost(cell.mechanism, cell.config, 1)
+    slope = _cost(cell.mechanism, cell.config, 2) - base
     width = 1 + round((wanted - base) / slope)
     if width < 1:
         raise ValueError(
@@ -180,15 +174,42 @@ def _matched(cell: Cell, first: str, target: Config) -> Config:
     return replace(cell.config, model=replace(cell.config.model, ffn_hidden_dim=width))
 
 
+def _cost(mechanism: str, config: Config, width: int) -> int:
+    """Parameters or FLOPs per token with a feed-forward width, as the config matches them."""
+    flags = tuple((config.model.flags | {"ffn_hidden_dim": width}).items())
+    return _costs(mechanism, flags, config.train.seq_len)[config.match]
+
+
+@cache
+def _costs(mechanism: str, flags: tuple[tuple[str, Any], ...], seq_len: int) -> dict[str, int]:
+    with torch.device("meta"):
+        model = build_model(mechanism, ModelConfig.of(**dict(flags)), vocab_size=1)
+    return {"params": model.count_parameters(), "flops": model.flops_per_token(seq_len)}
+
+
 def _with_flags(config: Config, flags: list[str]) -> Config:
     return tyro.cli(
         Config, prog="train.py", args=flags, default=config, config=(tyro.conf.OmitArgPrefixes,)
     )
 
 
+@cache
+def _value(name: str, text: str) -> Any:
+    """What a flag makes of a field's text."""
+    given = _with_flags(Config(), _flags(name, text))
+    return getattr(given.train, name) if name in TRAIN_FIELDS else given.model.flags[name]
+
+
 def _changed(config: Config, values: dict[str, str]) -> Config:
     """A config with some fields given as text."""
-    return _with_flags(config, [flag for n, text in values.items() for flag in _flags(n, text)])
+    given = {name: _value(name, text) for name, text in values.items()}
+    train = {name: value for name, value in given.items() if name in TRAIN_FIELDS}
+    model = {name: value for name, value in given.items() if name not in TRAIN_FIELDS}
+    return replace(
+        config,
+        train=replace(config.train, **train),
+        model=ModelConfig.of(**(config.model.flags | model)),
+    )
 
 
 def _varied(
@@ -243,7 +264,7 @@ def _flags(name: str, value: Any) -> list[str]:
     if _word(value) in ("true", "false"):
         return [flag if _word(value) == "true" else f"--no-{flag[2:]}"]
     if isinstance(value, list | tuple):
-        return [flag, *map(_word, value)] if value else []
+        return [flag, *map(_word, value)]
     return [f"{flag}={_word(value)}"]
 
 
