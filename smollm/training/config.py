@@ -98,7 +98,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Train small language models that differ in attention alone, and compare them."""
+    """Train small language models that differ in attention alone, and compare them.
+
+    `train.py study FILE [flags]` takes the flags of a study.toml; `train.py report FOLDER...` joins
+    studies that are done.
+    """
 
     preset: Preset = "ablation"
     """Where the other flags' defaults come from: "cpu" (about 2 minutes on 2 cores, the default
