@@ -56,21 +56,21 @@ def test_flops_are_two_products_forward_and_five_backward():
     assert costs.flops(genetic, "backward") == costs.flops(selection, "backward")
 
 
-def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
+@pytest.mark.parametrize("arch", [90, 100])
+def test_the_smollm_shape_compiles_within_its_registers(arch, tmp_path):
     """With no GPU: no faults, and on Hopper wgmma, not serialised.
 
     `make matrix` compiles for the other architectures too. The Triton that the tiles were chosen
     with spills nothing at all.
     """
     file = tmp_path / "resources.json"
-    flags = ["--arch", "90", "100", "--width", "64", "--dtype", "bfloat16", "--json", file]
+    flags = ["--arch", arch, "--width", "64", "--dtype", "bfloat16", "--json", file]
     done = python("-m", "bench.resources", *flags, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
-    assert {(row["arch"], row["kernel"]) for row in rows} == {
-        (arch, kernel) for arch in (90, 100) for kernel in (*MULTIPLYING, *OTHERS)
-    }
-    if triton.__version__ == "3.7.1":  # whose figures bench/results/predicted-sm_90.txt has
+    assert {row["arch"] for row in rows} == {arch}
+    assert {row["kernel"] for row in rows} == {*MULTIPLYING, *OTHERS}
+    if (arch, triton.__version__) == (90, "3.7.1"):  # of bench/results/predicted-sm_90.txt
         tiles = [(*row["cycles"], row["kernel"], row["block_m"]) for row in rows if row["cycles"]]
         assert tiles == [
             (378, 485, "forward", 128),
@@ -83,7 +83,7 @@ def test_the_smollm_shape_compiles_within_its_registers(tmp_path):
         assert row["ctas_per_sm"] >= 1
         if row["kernel"] in MULTIPLYING:
             height = row["block_n" if row["kernel"] == "dkdv" else "block_m"]
-            wgmma = row["arch"] == 90 and height >= 64  # fewer rows are too few for it
+            wgmma = arch == 90 and height >= 64  # fewer rows are too few for it
             used = {name for name, count in row["instructions"].items() if count}
             assert "LDGSTS" in used or row["num_stages"] == 1
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
