@@ -43,10 +43,11 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A folder with the built-in corpus prepared in it, once a session."""
+    """A folder with the built-in corpus prepared in it, once for all workers."""
     from smollm.data import prepare_builtin
 
-    root = tmp_path_factory.mktemp("data")
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data"
     prepare_builtin(root)
     return root
 

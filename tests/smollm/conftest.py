@@ -3,6 +3,14 @@ import signal
 
 import datasets
 import pytest
+from study_cases import blank_plots
+
+
+@pytest.fixture(autouse=True)
+def _blank_plots(request, monkeypatch):
+    """But where it is them that are tested."""
+    if request.module.__name__ != "test_report":
+        blank_plots(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from smollm.model.config import ModelConfig
-from smollm.studies import study
+from smollm.studies import plots, study
 from smollm.training.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -36,6 +36,12 @@ def run(flags, data_dir, output_dir, capture=None):
     console = Console(file=capture, width=80) if capture else Console(quiet=True)
     config = study.parse(tiny(flags, data_dir, output_dir))
     return study.run_study(config, study.prepare(config), ALONE, console)
+
+
+def blank_plots(monkeypatch):
+    """Draw nothing, which takes longer than a tiny study."""
+    for name in ("plot_loss", "plot_bars", "plot_trade_offs", "plot_rates"):
+        monkeypatch.setattr(plots, name, lambda path, _: path.write_bytes(b"\x89PNG"))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
-from study_cases import run, tiny
+from study_cases import blank_plots, run, tiny
 
 from smollm.studies import report, study
 from smollm.studies.compare import (
@@ -158,9 +158,11 @@ def joined(data_dir, tmp_path_factory):
     """Two studies: a sweep over rates of which one diverges, and one more seed of it."""
     root = tmp_path_factory.mktemp("joined")
     sweep = ["--variants", "mha", "gqa", "--grid", "lr=1e-3,1e30", "--clip=inf"]
-    assert study.main(tiny([*sweep, "--seeds", "1"], data_dir, root / "one")) == 1
     flags = ["--variants", "mha", "gqa", "--lr=1e-3", "--clip=inf", "--seeds", "2", "3"]
-    assert run(flags, data_dir, root / "two") == 0
+    with pytest.MonkeyPatch.context() as patched:
+        blank_plots(patched)
+        assert study.main(tiny([*sweep, "--seeds", "1"], data_dir, root / "one")) == 1
+        assert run(flags, data_dir, root / "two") == 0
     return root
 
 

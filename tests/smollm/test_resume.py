@@ -146,10 +146,9 @@ def resume(folder, *flags):
 
 
 @pytest.mark.parametrize(("home", "name", "call"), [
-    (trainer, "learning_rate", 4), (trainer, "accumulate_gradients", 6),
-    (metrics, "evaluate", 2), (metrics, "generation", 1),
+    (trainer, "learning_rate", 4), (metrics, "evaluate", 2), (metrics, "generation", 1),
     (trainer, "build_model", 2),
-], ids=["step", "backward", "evaluation", "generation", "second-variant"])  # fmt: skip
+], ids=["step", "evaluation", "generation", "second-variant"])  # fmt: skip
 def test_an_interrupted_study_goes_on(
     home, name, call, whole, data_dir, tmp_path, monkeypatch, ctrl_c, capsys
 ):
