@@ -396,9 +396,11 @@ def test_a_damaged_builtin_corpus_with_a_strangers_file_is_left_alone(few_docume
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from smollm.data import LocalFiles, prepare
 from smollm.data.__main__ import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where this was started to ignore it
 
 def stream(*arguments):
     yield from (f"document {i}" for i in range(700))
