@@ -22,6 +22,9 @@ from smollm.training.parallel import World
 
 FLAGS = ["--variants=gqa", "--batch-size=4", "--grad-accum=3", "--document-mask", "--log-every=1",
          "--val-every=3", "--save-every=2"]  # fmt: skip
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+if sys.platform == "linux":
+    ENVIRONMENT["GLOO_SOCKET_IFNAME"] = "lo"  # needs no name of this machine
 # Both processes are forks of one that has imported everything and computed nothing; the second one
 # of the first attempt dies in its third step.
 HARNESS = """
@@ -62,10 +65,11 @@ for first, again, port in json.loads(sys.argv[1]):
 @contextmanager
 def two_processes(arguments):
     """torchrun, which is killed with its processes when the block ends."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--local-addr=127.0.0.1"]  # fmt: skip
     with subprocess.Popen(
         [*command, "train.py", *arguments], cwd=ROOT, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
@@ -84,7 +88,7 @@ def test_two_processes_reach_the_loss_of_one_though_one_dies(data_dir, tmp_path)
         attempts.append((first, [f"--resume={folder}"], str(free_port())))
     done = subprocess.run(
         [sys.executable, "-c", HARNESS, json.dumps(attempts)], cwd=ROOT, capture_output=True,
-        text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True, timeout=240, env=os.environ | ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("GQA failed after 2 steps: ") == 2  # its neighbour died
@@ -122,10 +126,7 @@ def test_a_signal_to_one_stops_both_and_they_go_on(data_dir, tmp_path):
         while not (log.exists() and log.read_text().count("\n") > 3):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-        ).stdout.split()
-        os.kill(int(children[-1]), signal.SIGTERM)
+        os.kill(int((tmp_path / ".lock").read_text()), signal.SIGTERM)  # the first one's
         output, _ = process.communicate(timeout=60)
     assert f"`python train.py --resume {tmp_path}` goes on." in output
     runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
