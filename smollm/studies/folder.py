@@ -94,7 +94,8 @@ def _files(folder: Path) -> list[Path]:
     """Every file in a folder that a study wrote, by its path inside."""
     found = [file for file in OWN if os.path.lexists(folder / file)]
     for path in sorted(folder.iterdir()):
-        if RUN.fullmatch(path.name.removesuffix(model_file("").name)) and path.is_file():
+        name = path.name.removesuffix(model_file("").name)
+        if name != path.name and RUN.fullmatch(name) and path.is_file():
             found.append(Path(path.name))
         if RUN.fullmatch(path.name) and path.is_dir():
             checkpoints = checkpoint_files(folder / checkpoint_folder(path.name))

@@ -194,6 +194,7 @@ def test_a_study_keeps_out_of_an_older_ones_folder(data_dir, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     (tmp_path / "mha" / "notes.txt").write_text("mine")
     (tmp_path / "my_model.pt").write_text("mine")
+    (tmp_path / "mla").write_text("mine")
     capsys.readouterr()
     again = tiny(["--variants", "gqa"], data_dir, tmp_path)
     assert study.main(again) == 2
@@ -205,7 +206,7 @@ def test_a_study_keeps_out_of_an_older_ones_folder(data_dir, tmp_path, capsys):
     assert json.loads((tmp_path / "ablation_results.json").read_text())["runs"].keys() == {"gqa"}
     assert not (tmp_path / "mha_model.pt").exists() and (tmp_path / "gqa_model.pt").exists()
     assert [path.name for path in (tmp_path / "mha").iterdir()] == ["notes.txt"]
-    assert (tmp_path / "my_model.pt").read_text() == "mine"
+    assert (tmp_path / "my_model.pt").read_text() == (tmp_path / "mla").read_text() == "mine"
 
 
 @pytest.mark.parametrize("left", ["ablation_results.json", "mla_model.pt", "mga/metrics.jsonl"])
