@@ -164,9 +164,10 @@ def at_their_best(groups: Sequence[Group]) -> list[Group]:
 
 
 def differences(groups: Sequence[Group]) -> list[Difference]:
-    """Of every pair of groups with finished runs, the one of lower loss first."""
+    """Of every pair of groups that finished at the same tokens, the one of lower loss first."""
     ranked = sorted((each for each in groups if each.finished), key=_loss)
-    return [_difference(*pair) for pair in itertools.combinations(ranked, 2)]
+    pairs = itertools.combinations(ranked, 2)
+    return [_difference(*pair) for pair in pairs if len({g.mean("tokens") for g in pair}) == 1]
 
 
 def power_law(points: Sequence[tuple[float, float]]) -> PowerLaw | None:

@@ -155,8 +155,8 @@ def best(groups: Sequence[Group]) -> dict[str, str | None]:
 
 def _clear(name: str, first: float, winner: Group, second: float, runner_up: Group) -> bool:
     if name == "val_loss":
-        closest = differences([winner, runner_up])[0]
-        return closest.clear or (closest.low is None and first < second)
+        found = differences([winner, runner_up])  # none at different tokens, where more are better
+        return all(f.clear or (f.low is None and first < second) for f in found)
     part, amount = NOISE.get(name, {}).get(winner.runs[0].device, (0.0, 0))
     if abs(first - second) <= max(part * second, amount):
         return False

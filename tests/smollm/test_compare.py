@@ -102,6 +102,7 @@ def test_one_seed_gives_no_verdict():
     assert found.low is None and not found.clear
     assert str(found) == "MGA ends 1.0000 below MHA; one seed says nothing of spread"
     assert differences(group([made("mha", 3.0), Run("mga", "cpu", status="failed")])) == []
+    assert differences(group([made("mha", 3.0), made("mga", 2.0, tokens=2000)])) == []
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
