@@ -22,7 +22,13 @@ from smollm.training.config import PRESETS, Config, Preset, TrainConfig
 PLAN = Path("study.toml")
 VALUE = re.compile(r"[A-Za-z0-9.+_-]+")
 TRAIN_FIELDS = {field.name for field in fields(TrainConfig)}
-FIELDS = TRAIN_FIELDS | set(ModelConfig().flags)
+OF_ALL_RUNS = {
+    "seed",
+    "corpus",
+    "data_dir",
+    "device",
+}  # --seeds varies the first, nothing the others
+FIELDS = (TRAIN_FIELDS | set(ModelConfig().flags)) - OF_ALL_RUNS
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,11 @@ def cells(config: Config) -> list[Cell]:
     for seed, point in itertools.product(seeds, _points(values)):
         for mechanism in config.mechanisms:
             own = {name: value for name, value in point.items() if name in varied[mechanism]}
-            flags = overrides[mechanism] | own | ({} if seed is None else {"seed": str(seed)})
+            flags = overrides[mechanism] | point | ({} if seed is None else {"seed": str(seed)})
             cell = Cell(mechanism, _changed(config, flags), own, seed)
             if config.match != "none":
                 first = config.mechanisms[0]
-                other = {n: value for n, value in point.items() if n in varied[first]}
-                target = _changed(config, overrides[first] | other)
+                target = _changed(config, overrides[first] | point)
                 cell = replace(cell, config=_matched(cell, first, target))
             found.setdefault(cell.name, cell)
     return list(found.values())
@@ -160,8 +165,16 @@ def _matched(cell: Cell, first: str, target: Config) -> Config:
     """The cell's config with the feed-forward width that comes closest to the first variant's cost.
 
     A layer's cost is linear in that width, so that of two widths tells it.
-    """
 
+    Raises:
+        ValueError: there is no such width, or the embeddings differ, whose cost is left out.
+    """
+    for name in ("embed_dim", "tie_embeddings"):
+        ours, theirs = (getattr(config.model, name) for config in (cell.config, target))
+        if ours != theirs:
+            raise ValueError(
+                f"match: expected {first}'s {name}={theirs} in {cell.mechanism}, got {ours}"
+            )
     wanted = _cost(first, target, target.model.ffn_hidden_dim)
     base = _cost(cell.mechanism, cell.config, 1)
     slope = _cost(cell.mechanism, cell.config, 2) - base
@@ -248,8 +261,11 @@ def _assignment(flag: str, text: str) -> tuple[str, str]:
 
 
 def _values(flag: str, name: str, values: list[str]) -> list[str]:
-    if name not in FIELDS or name == "seed":
-        raise ValueError(f"{flag}: expected a field of training or of the model, got {name!r}")
+    if name not in FIELDS:
+        raise ValueError(
+            f"{flag}: expected a field of training or of the model, but {sorted(OF_ALL_RUNS)}, got "
+            f"{name!r}"
+        )
     for value in values:
         if not VALUE.fullmatch(value):
             raise ValueError(f"{flag}: expected {name}=VALUE, got {name}={value}")

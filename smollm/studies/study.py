@@ -148,11 +148,18 @@ def prepare(config: Config) -> Corpus:
     Raises:
         ValueError, OSError: what is wrong with the corpus.
     """
-    train = config.train
-    corpus = load_corpus(train.corpus, train.data_dir)
-    for split in (corpus.train, corpus.val):
-        split.num_windows(train.seq_len)
-    check_targets(corpus, train)
+    corpus = load_corpus(config.train.corpus, config.train.data_dir)
+    fields = (
+        "seq_len",
+        "batch_size",
+        "document_mask",
+        "val_tokens",
+    )  # what its windows follow from
+    distinct = {tuple(getattr(c.config.train, f) for f in fields): c for c in cells(config)}
+    for cell in distinct.values():
+        for split in (corpus.train, corpus.val):
+            split.num_windows(cell.config.train.seq_len)
+        check_targets(corpus, cell.config.train)
     return corpus
 
 

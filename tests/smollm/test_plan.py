@@ -47,6 +47,8 @@ def test_a_field_multiplies_those_alone_that_it_changes():
         "mla-window_size=None-latent_dim=36", "gqa-window_size=None-num_kv_heads=3",
         "mla-window_size=None-latent_dim=72",
     ]  # fmt: skip
+    (cell,) = cells(parse(["--preset=cpu", "--only-mga", "--grid", "lr=0.5", "num_heads=3"]))
+    assert (cell.config.train.lr, cell.config.model.num_heads, cell.name) == (0.5, 3, "mga")
     assert names("--variants", "mha", "--grid", "embed_dim=144,288") == [
         "mha-embed_dim=144", "mha-embed_dim=288",
     ]  # fmt: skip
@@ -90,18 +92,24 @@ def test_matching_needs_room(data_dir, tmp_path, capsys):
 @pytest.mark.parametrize(("flags", "text"), [
     (["--match=params", "--grid", "ffn_hidden_dim=8,9"], "match: expected no grid over ffn_hidden"),
     (["--grid", "lr"], "grid: expected FIELD=VALUE, got 'lr'"),
-    (["--grid", "speed=1,2"], "grid: expected a field of training or of the model, got 'speed'"),
-    (["--grid", "seed=1,2"], "grid: expected a field of training or of the model, got 'seed'"),
-    (["--grid", "output_dir=a"], "grid: expected a field of training or of the model, got 'out"),
+    (["--grid", "speed=1,2"], "grid: expected a field of training or of the model, but ["),
+    (["--grid", "seed=1,2"], "grid: expected a field of training or of the model, but ["),
+    (["--grid", "output_dir=a"], "grid: expected a field of training or of the model, but ["),
     (["--grid", "lr=1e-3,"], "grid: expected lr=VALUE, got lr="),
-    (["--grid", "corpus=../x"], "grid: expected corpus=VALUE, got corpus=../x"),
+    (["--grid", "optimizer=../x"], "grid: expected optimizer=VALUE, got optimizer=../x"),
+    (["--grid", "corpus=a,b"], "grid: expected a field of training or of the model, but ['corp"),
+    (["--override", "mga.device=cpu"], "override: expected a field of training or of the model, "),
+    (["--grid", "seq_len=32,10000000"], "seq_len: expected at most max_seq_len=2048, got 10000000"),
+    (["--grid", "seq_len=32,2000000", "--max-seq-len=3000000", "--val-tokens=2000000"],
+     "seq_len: expected at most the tokens of a shard"),
+    (["--match=params", "--override", "mga.embed_dim=72"], "match: expected mha's embed_dim=36"),
     (["--grid", "lr=1,1"], "grid: expected distinct values of lr, got 1,1"),
     (["--grid", "lr=1", "lr=2"], "grid: expected each field once, got lr=1 lr=2"),
     (["--grid", "lr=1e-3,nan"], "lr: expected in (0, inf), got nan"),
     (["--grid", "num_heads=9,7"], "num_heads: expected a divisor of embed_dim=36, got 7"),
     (["--override", "lr=1"], "override: expected VARIANT.FIELD=VALUE, got 'lr=1'"),
     (["--override", "mqa.lr=1"], "override: expected VARIANT.FIELD=VALUE, got 'mqa.lr=1'"),
-    (["--override", "mga.speed=1"], "override: expected a field of training or of the model, got"),
+    (["--override", "mga.speed=1"], "override: expected a field of training or of the model, but"),
     (["--seeds", "1", "1"], "seeds: expected distinct ones, got (1, 1)"),
     (["--seeds", "-1"], "seeds: expected in [0, 9.22337e+18], got -1"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
