@@ -8,8 +8,8 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from smollm.studies.study import main
-    except KeyboardInterrupt:  # the imports take seconds
+        from smollm.studies.commands import main
+    except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("train.py: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -29,7 +29,8 @@ from bench.timing import peak_bytes
 from kernels import checks
 from kernels.reference import visible
 from smollm.model import SmolLM
-from smollm.model.config import ModelConfig, build_model
+from smollm.model.build import build_model
+from smollm.model.config import ModelConfig
 from smollm.training.config import PRESETS
 from smollm.training.metrics import cpu_name
 from tests.cases import AttentionCase

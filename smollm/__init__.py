@@ -1,12 +1,30 @@
 """SmolLM: a small language model with a swappable attention mechanism."""
 
-from smollm.attention import (
-    GroupedQueryAttention,
-    MultiHeadAttention,
-    MultiHeadGeneticAttention,
-    MultiHeadLatentAttention,
-)
-from smollm.model import SmolLM, create_smollm_with_attention
+from typing import TYPE_CHECKING
+
+from smollm.lazy import exports
+
+if TYPE_CHECKING:
+    from smollm.attention import (
+        GroupedQueryAttention,
+        MultiHeadAttention,
+        MultiHeadGeneticAttention,
+        MultiHeadLatentAttention,
+    )
+    from smollm.model import SmolLM, create_smollm_with_attention
+else:
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "attention": (
+                "GroupedQueryAttention",
+                "MultiHeadAttention",
+                "MultiHeadGeneticAttention",
+                "MultiHeadLatentAttention",
+            ),
+            "model": ("SmolLM", "create_smollm_with_attention"),
+        },
+    )
 
 __all__ = [
     "GroupedQueryAttention",

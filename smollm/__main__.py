@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from smollm.attention import MECHANISMS
-from smollm.model.config import ModelConfig, build_model
+from smollm.model.build import build_model
+from smollm.model.config import ModelConfig
 from smollm.training.config import PRESETS
 
 VOCAB_SIZE = 49152

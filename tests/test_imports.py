@@ -1,13 +1,16 @@
 """The one-way arrows between packages and rooms, and what the name `kernels` asks for."""
 
 import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import kernels
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("studies", "training", "model", "data", "attention", "files")  # the top floor first
+ROOMS = ("studies", "training", "model", "data", "attention", "files", "lazy")  # from the top
 HUGGING_FACE_SUBMODULES = {
     "layer", "utils", "benchmark", "compat", "deps", "install", "load", "status", "validate",
     "verify", "backends",
@@ -73,6 +76,16 @@ def test_a_room_imports_only_rooms_below_it():
             below = ROOMS[ROOMS.index(room[0]) :]
             used = from_package(imports(path), "smollm")
             assert {use.split(".")[1] for use in used} <= set(below), name
+
+
+@pytest.mark.parametrize("name", ["smollm", "smollm.attention", "smollm.data", "smollm.model"])
+def test_packages_have_what_they_export(name):
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package))
+    for exported in package.__all__:
+        assert getattr(package, exported) is not None
+    with pytest.raises(AttributeError, match=f"^module '{name}' has no attribute 'nothing'$"):
+        package.nothing  # noqa: B018
 
 
 def test_no_circle_of_imports():

@@ -1,8 +1,6 @@
 """Multi-head genetic attention (MGA)."""
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,42 +8,8 @@ from torch import Tensor, nn
 from kernels import gene_keys, genetic_attention, genetic_decode
 from smollm.attention.base import Attention, Linear, check_divides, split_heads
 from smollm.attention.cache import LayerCache
-from smollm.attention.options import LARGEST, WIDEST, Options, Range, SharedOptions
+from smollm.attention.mechanisms import Environment
 from smollm.attention.rope import Rope
-
-Environment = Literal["query", "kin", "none"]
-
-
-@dataclass(frozen=True)
-class GeneticOptions(Options):
-    """MGA's own options."""
-
-    num_value_heads: Annotated[int | None, Range(1, WIDEST)] = None
-    """MGA: value heads; as many as heads by default."""
-    environment: Environment = "query"
-    """MGA: what re-weighs the fitness of genes."""
-    selection_pressure: Annotated[float, Range(1e-6, 1e6)] = 4.0
-    """MGA: initial selection pressure of every head."""
-    genetic_window_size: Annotated[int, Range(1, LARGEST)] = 128
-    """MGA: tokens in the window, which it always has."""
-
-    def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102
-        if shared.qk_norm != "none":
-            raise ValueError(
-                "qk_norm: expected 'none' with mga, whose genes have no such norm, got "
-                f"{shared.qk_norm!r}; choose the others with --variants"
-            )
-        return {
-            "d_model": shared.embed_dim,
-            "num_heads": shared.num_heads,
-            "window_size": self.genetic_window_size,
-            "num_value_heads": self.num_value_heads,
-            "environment": self.environment,
-            "selection_pressure": self.selection_pressure,
-            "rope_theta": shared.rope_theta,
-            "bias": shared.bias,
-            "dropout": shared.dropout,
-        }
 
 
 class MultiHeadGeneticAttention(Attention):

@@ -1,7 +1,6 @@
 """Softmax attention over keys and values of their own: GQA and, with a head each, MHA."""
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +16,7 @@ from smollm.attention.base import (
     split_heads,
 )
 from smollm.attention.cache import LayerCache
-from smollm.attention.options import WIDEST, Options, Range
 from smollm.attention.rope import Rope
-
-
-@dataclass(frozen=True)
-class GroupedQueryOptions(Options):
-    """GQA's own options."""
-
-    num_kv_heads: Annotated[int, Range(1, WIDEST)] = 3
-    """GQA: key and value heads."""
 
 
 class GroupedQueryAttention(Attention):

@@ -1,8 +1,6 @@
 """Multi-head latent attention (MLA)."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Annotated
 
 from einops import einsum, rearrange
 from torch import Tensor, nn
@@ -17,22 +15,9 @@ from smollm.attention.base import (
     split_heads,
 )
 from smollm.attention.cache import LayerCache
-from smollm.attention.options import WIDEST, Options, Range
 from smollm.attention.rope import Rope
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's
-
-
-@dataclass(frozen=True)
-class LatentOptions(Options):
-    """MLA's own options."""
-
-    latent_dim: Annotated[int, Range(1, WIDEST)] = 288
-    """MLA: width of the latent that the cache holds."""
-    rope_dim: Annotated[int, Range(0, WIDEST)] = 32
-    """MLA: width of the rotary part; 0 for none."""
-    q_latent_dim: Annotated[int | None, Range(1, WIDEST)] = None
-    """MLA: width of a latent that queries are expanded from; none by default."""
 
 
 class MultiHeadLatentAttention(Attention):

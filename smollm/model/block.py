@@ -1,6 +1,6 @@
 """The transformer block: SwiGLU, and where the norms stand."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from smollm.attention.base import NORM_EPS, Attention, Layer, Linear, dropout_layer, unchanged
 from smollm.attention.cache import LayerCache
 from smollm.attention.rope import Rope
-
-NormStrategy = Literal["pre", "post", "sandwich"]
+from smollm.model.config import NormStrategy
 
 
 class SwiGLU(nn.Module):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from smollm.files import write_atomically
-from smollm.model.config import ModelConfig, build_model
+from smollm.model.build import build_model
+from smollm.model.config import ModelConfig
 from smollm.model.model import SmolLM
 
 

@@ -1,13 +1,13 @@
-"""The shape of a model with any mechanism, and the model that it describes."""
+"""The shape of a model with any mechanism, as flags; needs no PyTorch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from smollm.attention import MECHANISMS, Options, SharedOptions
 from smollm.attention.options import LARGEST, WIDEST, Range
-from smollm.model.block import NormStrategy
-from smollm.model.model import SmolLM, create_smollm_with_attention
+
+NormStrategy = Literal["pre", "post", "sandwich"]
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,3 @@ class ModelConfig(SharedOptions):
         for own in plain.pop("mechanisms").values():
             plain |= own
         return plain
-
-
-def build_model(mechanism: str, config: ModelConfig, vocab_size: int) -> SmolLM:
-    """A freshly initialised SmolLM with the mechanism.
-
-    Raises:
-        ValueError: no such mechanism, or fields that do not fit together.
-    """
-    if mechanism not in MECHANISMS:
-        raise ValueError(f"mechanism: expected one of {list(MECHANISMS)}, got {mechanism!r}")
-    return create_smollm_with_attention(
-        MECHANISMS[mechanism].build(config, config.mechanisms[mechanism]),
-        vocab_size=vocab_size,
-        embed_dim=config.embed_dim,
-        num_layers=config.num_layers,
-        ffn_hidden_dim=config.ffn_hidden_dim,
-        max_seq_len=config.max_seq_len,
-        dropout=config.dropout,
-        use_bias=config.bias,
-        tie_embeddings=config.tie_embeddings,
-        norm_strategy=config.norm_strategy,
-    )

@@ -11,7 +11,8 @@ from smollm.attention.base import NORM_EPS, Attention, Linear, dropout_layer, in
 from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
-from smollm.model.block import Block, NormStrategy, SwiGLU
+from smollm.model.block import Block, SwiGLU
+from smollm.model.config import NormStrategy
 from smollm.model.generate import Generator
 from smollm.model.head import IGNORED, TiedHead, linear_next_token_loss, next_token_loss
 

@@ -8,18 +8,20 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from inspect import getdoc
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 import tyro
 
 from smollm.attention import MECHANISMS
 from smollm.files import write_atomically
-from smollm.model.config import ModelConfig, build_model
+from smollm.model.config import ModelConfig
+from smollm.training.checks import check_config, check_ranges
 from smollm.training.config import PRESETS, Config, Preset, TrainConfig
 
 PLAN = Path("study.toml")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 VALUE = re.compile(r"[A-Za-z0-9.+_-]+")
 TRAIN_FIELDS = {field.name for field in fields(TrainConfig)}
 OF_ALL_RUNS = {
@@ -50,6 +52,9 @@ class Cell:
 def parse(argv: Sequence[str]) -> Config:
     """Read train.py's flags, or `study FILE [flags]`; a preset or a file has the others' defaults.
 
+    Without a preset it is PyTorch that tells which one this machine's is. Help and what is refused
+    do not wait for that: they have the defaults of what the driver suggests.
+
     Raises:
         ValueError: a file that is none. SystemExit: flags that are refused, on stderr.
     """
@@ -65,9 +70,32 @@ def parse(argv: Sequence[str]) -> Config:
         argv = [*read_plan(resume / PLAN), f"--output-dir={resume}", *argv]
     chooser.add_argument("--preset", choices=get_args(Preset))
     preset = chooser.parse_known_args(argv)[0].preset
-    if preset is None:
-        preset = "ablation" if torch.cuda.is_available() else "cpu"
-    return _with_flags(PRESETS[preset], argv)
+    if preset is not None:
+        return _with_flags(PRESETS[preset], argv)
+    suggested = PRESETS["ablation" if NVIDIA_DRIVER.exists() else "cpu"]
+    config = _with_flags(suggested, argv)
+    check_ranges(config)
+    import torch
+
+    chosen = PRESETS["ablation" if torch.cuda.is_available() else "cpu"]
+    return config if chosen is suggested else _with_flags(chosen, argv)
+
+
+def check(config: Config) -> None:
+    """Refuse what could only fail later, in any of the study's runs.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+    if config.resume is not None and config.overwrite:
+        raise ValueError("overwrite: expected no --resume beside it, got both")
+    if config.resume is not None and config.output_dir != config.resume:
+        raise ValueError(f"output_dir: expected {config.resume} to resume, got {config.output_dir}")
+    check_ranges(config)
+    planned = cells(config)
+    check_config(config, vocab_size=1)
+    for cell in planned:
+        check_config(replace(cell.config, variants=(cell.mechanism,)), vocab_size=1)
 
 
 def cells(config: Config) -> list[Cell]:
@@ -195,6 +223,10 @@ def _cost(mechanism: str, config: Config, width: int) -> int:
 
 @cache
 def _costs(mechanism: str, flags: tuple[tuple[str, Any], ...], seq_len: int) -> dict[str, int]:
+    import torch
+
+    from smollm.model.build import build_model
+
     with torch.device("meta"):
         model = build_model(mechanism, ModelConfig.of(**dict(flags)), vocab_size=1)
     return {"params": model.count_parameters(), "flops": model.flops_per_token(seq_len)}
@@ -202,7 +234,12 @@ def _costs(mechanism: str, flags: tuple[tuple[str, Any], ...], seq_len: int) -> 
 
 def _with_flags(config: Config, flags: list[str]) -> Config:
     return tyro.cli(
-        Config, prog="train.py", args=flags, default=config, config=(tyro.conf.OmitArgPrefixes,)
+        Config,
+        prog="train.py",
+        description=f"{getdoc(Config)}\n\nDefaults shown are those of --preset {config.preset}.",
+        args=flags,
+        default=config,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,78 +17,42 @@ from rich.console import Console
 
 from smollm.data import Corpus, load_corpus
 from smollm.files import write_json
-from smollm.studies import report
+from smollm.studies import INTERRUPTED, OK, UNFINISHED, report
 from smollm.studies.compare import at_their_best, group
 from smollm.studies.folder import RESULTS, claimed, clear, read_runs
-from smollm.studies.join import write_joined
-from smollm.studies.plan import Cell, cells, parse, plan_text, write_plan
-from smollm.training.checks import check_config
+from smollm.studies.plan import Cell, cells, plan_text, write_plan
 from smollm.training.config import Config
 from smollm.training.display import make_progress
 from smollm.training.interrupts import Interrupts
 from smollm.training.metrics import check_targets, cpu_name
-from smollm.training.parallel import World, joined, leading
+from smollm.training.parallel import World, joined
 from smollm.training.record import Run, checkpoint_folder
 from smollm.training.run import train_run
 from smollm.training.state import Checkpoints, clear_checkpoints, differences, identity
 
-OK, UNFINISHED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
-
-class _Console(Console):
+class Output(Console):
     """Falls silent when what reads it ends, as `head` does; a study is more than its output."""
 
-    def on_broken_pipe(self) -> None:
+    def on_broken_pipe(self) -> None:  # noqa: D102
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run train.py's command line, by default the process's: `[study FILE | report] [flags]`.
+def begin(config: Config, interrupts: Interrupts, held: ExitStack) -> tuple[World, Corpus]:
+    """Meet the processes that share the study, hold its folder, and load what it trains on.
 
-    Returns:
-        The exit status: 0, all runs finished and their results are written; 1, some run failed
-        or diverged, or results could not be written; 2, the flags, the data or the output folder
-        were refused, in a line on stderr, before any work; 130, interrupted.
-    """
-    console, ends_process = _Console(), argv is None
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with Interrupts(ends_process=ends_process) as interrupts, ExitStack() as held:
-        try:
-            with interrupts.released():
-                if argv[:1] == ["report"]:
-                    folder, runs = write_joined(argv[1:])
-                    show(console, runs)
-                    _say(console, f"Report in {folder}/")
-                    return OK
-                config = parse(argv)
-                check(config)
-                world = held.enter_context(joined(config.train.device))
-                interrupts.polled = not world.alone
-                corpus = claim(config, world, held)
-        except (ValueError, OSError) as error:
-            if leading():
-                print(f"train.py: {error}", file=sys.stderr)
-            return REFUSED
-        except KeyboardInterrupt:
-            print("train.py: interrupted, no run had begun", file=sys.stderr)
-            return INTERRUPTED
-        return run_study(config, corpus, world, console, interrupts)
-
-
-def check(config: Config) -> None:
-    """Refuse what could only fail later, in any of the study's runs.
+    Args:
+        config: a checked one.
+        interrupts: entered; they do not part processes from here on.
+        held: what is given back at the study's end.
 
     Raises:
-        ValueError: naming the field, what was expected and what came.
+        ValueError, OSError: the folder or the corpus is refused.
     """
-    if config.resume is not None and config.overwrite:
-        raise ValueError("overwrite: expected no --resume beside it, got both")
-    if config.resume is not None and config.output_dir != config.resume:
-        raise ValueError(f"output_dir: expected {config.resume} to resume, got {config.output_dir}")
-    check_config(config, vocab_size=1)
-    for cell in cells(config):
-        check_config(replace(cell.config, variants=(cell.mechanism,)), vocab_size=1)
+    world = held.enter_context(joined(config.train.device))
+    interrupts.polled = not world.alone
+    return world, claim(config, world, held)
 
 
 def claim(config: Config, world: World, held: ExitStack) -> Corpus:
@@ -170,7 +133,7 @@ def run_study(
     console: Console,
     interrupts: Interrupts | None = None,
 ) -> int:
-    """Train the variants, keeping results current after each; returns `main`'s exit status.
+    """Train the variants, keeping results current after each; returns train.py's exit status.
 
     It may run in any thread. Signals end it early, and wait while results are written. Of several
     processes all call it, and the first one alone prints and writes.
@@ -214,7 +177,7 @@ class Study:
         """Train what is left to train; whether a signal ended it early."""
         folder, resume = self._config.output_dir, self._config.resume is not None
         for name, value in report.headline(self._about).items():
-            _say(self._console, f"{name}: {value}")
+            say(self._console, f"{name}: {value}")
         if self._world.leads:
             with suppress(OSError):  # the last write of results tells
                 folder.mkdir(parents=True, exist_ok=True)
@@ -244,10 +207,10 @@ class Study:
         return False
 
     def conclude(self, interrupted: bool) -> int:
-        """Show and write what came of it; returns `main`'s exit status."""
+        """Show and write what came of it; returns train.py's exit status."""
         folder, runs = self._config.output_dir, self._ordered
         if not runs:
-            _say(self._console, "Interrupted. No run had begun, so there are no results.")
+            say(self._console, "Interrupted. No run had begun, so there are no results.")
             return INTERRUPTED
         show(self._console, runs)
         unwritten = None
@@ -260,11 +223,11 @@ class Study:
         interrupted = interrupted or self._interrupts.requested
         ending = "Interrupted. Results so far" if interrupted else "Results"
         if unwritten:
-            _say(self._console, f"{ending} could not all be written to {folder}/: {unwritten}")
+            say(self._console, f"{ending} could not all be written to {folder}/: {unwritten}")
         else:
-            _say(self._console, f"{ending} in {folder}/")
+            say(self._console, f"{ending} in {folder}/")
         if interrupted and not all(self._done(cell) for cell in self._cells):
-            _say(self._console, f"`python train.py --resume {shlex.quote(str(folder))}` goes on.")
+            say(self._console, f"`python train.py --resume {shlex.quote(str(folder))}` goes on.")
         if interrupted:
             return INTERRUPTED
         finished = len(runs) == len(self._cells) and all(run.status == "finished" for run in runs)
@@ -298,7 +261,7 @@ def show(console: Console, runs: Sequence[Run]) -> None:
     console.print(report.table(groups))
     lines = report.unfinished_lines(runs), report.best_lines(at_their_best(groups))
     for line in (*lines[0], *lines[1], *report.verdict_lines(groups)):
-        _say(console, line)
+        say(console, line)
 
 
 def describe(config: Config, corpus: Corpus, world: World) -> dict[str, Any]:
@@ -338,7 +301,7 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
     """Print plain text, a path or a command of it never broken over lines."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -2,12 +2,9 @@
 
 from dataclasses import replace
 
-import torch
-
 from smollm.attention.options import LARGEST, ranges
-from smollm.model.config import build_model
 from smollm.training.config import Config
-from smollm.training.parallel import world_size
+from smollm.training.torchrun import world_size
 from smollm.training.trackers import check_tracker
 
 
@@ -17,13 +14,8 @@ def check_config(config: Config, vocab_size: int) -> None:
     Raises:
         ValueError: naming the field, what was expected and what came.
     """
+    check_ranges(config)
     train, model = config.train, config.model
-    for options in (config, train, model, *model.mechanisms.values()):
-        for name, allowed in ranges(type(options)).items():
-            given = getattr(options, name)
-            for value in given if isinstance(given, tuple) else (given,):
-                if value is not None and not allowed.holds(value):
-                    raise ValueError(f"{name}: expected in {allowed}, got {value}")
     if train.seq_len > model.max_seq_len:
         raise ValueError(
             f"seq_len: expected at most max_seq_len={model.max_seq_len}, got {train.seq_len}"
@@ -49,9 +41,6 @@ def check_config(config: Config, vocab_size: int) -> None:
         raise ValueError(
             "fsdp: expected optimizer 'adamw', since Muon needs whole matrices, got 'muon'"
         )
-    check_tracker(train.log)
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
     if config.only_mga and config.variants not in (Config.variants, ("mga",)):
         raise ValueError(
             f"only_mga: expected no other variants beside it, got {' '.join(config.variants)}"
@@ -60,7 +49,32 @@ def check_config(config: Config, vocab_size: int) -> None:
         raise ValueError(f"variants: expected distinct mechanisms, got {config.mechanisms}")
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds: expected distinct ones, got {config.seeds}")
-    shape = replace(model, num_layers=1)
+    check_tracker(train.log)
+    _check_with_torch(config, vocab_size)
+
+
+def check_ranges(config: Config) -> None:
+    """Refuse values that lie outside their field's range.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+    for options in (config, config.train, config.model, *config.model.mechanisms.values()):
+        for name, allowed in ranges(type(options)).items():
+            given = getattr(options, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and not allowed.holds(value):
+                    raise ValueError(f"{name}: expected in {allowed}, got {value}")
+
+
+def _check_with_torch(config: Config, vocab_size: int) -> None:
+    import torch  # which takes seconds, and nothing above needs it
+
+    from smollm.model.build import build_model
+
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
+    shape = replace(config.model, num_layers=1)
     with torch.device("meta"):
         for mechanism in config.mechanisms:
             build_model(mechanism, shape, vocab_size)

@@ -104,7 +104,9 @@ class Config:
     studies that are done.
     """
 
-    preset: Preset = "ablation"
+    preset: Annotated[Preset, tyro.conf.arg(help_behavior_hint="(default: the machine's)")] = (
+        "ablation"
+    )
     """Where the other flags' defaults come from: "cpu" (about 2 minutes on 2 cores, the default
     without a GPU), "ablation" (the default with one), "smollm2-135m" (the full model)."""
     variants: Variants = tuple(MECHANISMS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smollm.model import SmolLM
+from smollm.training.torchrun import world_size
 
 
 class World:
@@ -57,16 +58,6 @@ class World:
         if not self.alone:
             torch.distributed.all_reduce(x)
         return x
-
-
-def world_size() -> int:
-    """How many processes train together, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def leading() -> bool:
-    """Whether this is the process that prints, also before it has met the others."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smollm.data import Corpus
 from smollm.model import SmolLM
-from smollm.model.config import build_model
+from smollm.model.build import build_model
 from smollm.training import metrics
 from smollm.training.config import Config
 from smollm.training.interrupts import Interrupts

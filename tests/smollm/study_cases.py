@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from smollm.model.config import ModelConfig
-from smollm.studies import plots, study
+from smollm.studies import plan, plots, study
 from smollm.training.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -34,7 +34,7 @@ def tiny(flags, data_dir, output_dir):
 
 def run(flags, data_dir, output_dir, capture=None):
     console = Console(file=capture, width=80) if capture else Console(quiet=True)
-    config = study.parse(tiny(flags, data_dir, output_dir))
+    config = plan.parse(tiny(flags, data_dir, output_dir))
     return study.run_study(config, study.prepare(config), ALONE, console)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from study_cases import ROOT, SMALL
 
+from smollm.model.build import build_model
 from smollm.model.checkpoint import load_model, save_model
-from smollm.model.config import build_model
 
 
 @pytest.fixture

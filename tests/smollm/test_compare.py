@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from study_cases import blank_plots, run, tiny
 
-from smollm.studies import report, study
+from smollm.studies import commands, report
 from smollm.studies.compare import (
     at_their_best,
     differences,
@@ -162,7 +162,7 @@ def joined(data_dir, tmp_path_factory):
     flags = ["--variants", "mha", "gqa", "--lr=1e-3", "--clip=inf", "--seeds", "2", "3"]
     with pytest.MonkeyPatch.context() as patched:
         blank_plots(patched)
-        assert study.main(tiny([*sweep, "--seeds", "1"], data_dir, root / "one")) == 1
+        assert commands.main(tiny([*sweep, "--seeds", "1"], data_dir, root / "one")) == 1
         assert run(flags, data_dir, root / "two") == 0
     return root
 
@@ -182,7 +182,7 @@ def test_a_sweep_of_which_one_diverges(joined):
 
 def test_several_folders_make_one_report(joined, capsys):
     folders = [str(joined / name) for name in ("one", "two")]
-    assert study.main(["report", *folders, f"--output-dir={joined / 'both'}"]) == 0
+    assert commands.main(["report", *folders, f"--output-dir={joined / 'both'}"]) == 0
     said = capsys.readouterr().out
     assert f"Report in {joined / 'both'}/" in said
     text = (joined / "both" / "report.md").read_text()
@@ -197,9 +197,10 @@ def test_several_folders_make_one_report(joined, capsys):
         assert len(losses) == 3 and f"| {title} lr=0.001 | {cell} |" in text
     assert "3 seeds)" in text and "MHA lr=0.001" in said
     assert text.count("```toml") == 1 and text.count("lr = [") == 1
-    assert study.main(["report", *folders, f"--output-dir={joined / 'both'}"]) == 2
+    both = ["report", *folders, f"--output-dir={joined / 'both'}"]
+    assert commands.main(both) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert study.main(["report", *folders, f"--output-dir={joined / 'both'}", "--overwrite"]) == 0
+    assert commands.main([*both, "--overwrite"]) == 0
 
 
 def test_what_makes_no_report_is_refused(joined, tmp_path, capsys):
@@ -216,9 +217,9 @@ def test_what_makes_no_report_is_refused(joined, tmp_path, capsys):
         ([one, other, "--output-dir", tmp_path / "new"], "report: expected studies of one corpus"),
         ([one, two, "--output-dir", two], "output_dir: expected a folder without another study's"),
     ]:
-        assert study.main(["report", *map(str, argv)]) == 2
+        assert commands.main(["report", *map(str, argv)]) == 2
         assert capsys.readouterr().err.startswith(f"train.py: {text}")
     before = (one / "ablation_results.json").read_bytes()
     (one / "report.md").unlink()
-    assert study.main(["report", str(one)]) == 0
+    assert commands.main(["report", str(one)]) == 0
     assert (one / "report.md").exists() and (one / "ablation_results.json").read_bytes() == before

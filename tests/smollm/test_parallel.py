@@ -14,7 +14,7 @@ import torch
 from study_cases import ALONE, ROOT, run, tiny
 
 from smollm.model.checkpoint import load_model
-from smollm.studies import study
+from smollm.studies import plan
 from smollm.training.checks import check_config
 from smollm.training.config import TrainConfig
 from smollm.training.loader import Loader
@@ -31,7 +31,7 @@ HARNESS = """
 import json, os, sys
 
 import torch._dynamo, torch.distributed
-from smollm.studies import study
+from smollm.studies import commands, study
 from smollm.training import trainer
 
 seed_step, calls = trainer.seed_step, []
@@ -52,7 +52,7 @@ def both(argv, step, port):
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             trainer.seed_step = step
-            os._exit(study.main(argv))
+            os._exit(commands.main(argv))
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -153,9 +153,9 @@ def test_batches_are_shared_out_whole(accumulated, corpus):
 
 def test_what_two_processes_cannot_share_is_refused(monkeypatch, capsys, data_dir, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    config = study.parse(tiny(["--batch-size=3", "--grad-accum=3"], data_dir, tmp_path))
+    config = plan.parse(tiny(["--batch-size=3", "--grad-accum=3"], data_dir, tmp_path))
     with pytest.raises(ValueError, match="batch_size: expected a multiple of the 2 processes, or"):
         check_config(config, 1)
     flags = ["--batch-size=3", "--grad-accum=4", "--fsdp", "--optimizer=muon"]
     with pytest.raises(ValueError, match="fsdp: expected optimizer 'adamw', since Muon needs whol"):
-        check_config(study.parse(tiny(flags, data_dir, tmp_path)), 1)
+        check_config(plan.parse(tiny(flags, data_dir, tmp_path)), 1)

@@ -8,13 +8,39 @@ import torch
 from study_cases import tiny
 
 from smollm.attention import MECHANISMS
-from smollm.model.config import build_model
-from smollm.studies import study
+from smollm.model.build import build_model
+from smollm.studies import commands, plan
 from smollm.studies.plan import PLAN, cells, parse, write_plan
+from smollm.training.config import PRESETS
 
 
 def names(*flags):
     return [cell.name for cell in cells(parse(["--preset=cpu", *flags]))]
+
+
+@pytest.mark.parametrize(("gpu", "driver"), [(True, False), (False, True)], ids=["gpu", "driver"])
+def test_pytorch_chooses_the_preset(gpu, driver, tmp_path, monkeypatch, capsys):
+    """The driver only suggests whose defaults help shows."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(plan, "NVIDIA_DRIVER", tmp_path if driver else tmp_path / "none")
+    preset = PRESETS["ablation" if gpu else "cpu"]
+    train = dataclasses.replace(preset.train, lr=0.5)
+    assert parse(["--lr=0.5"]) == dataclasses.replace(preset, train=train)
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    said, shown = capsys.readouterr().out, "ablation" if driver else "cpu"
+    assert stop.value.code == 0 and f"Defaults shown are those of --preset {shown}." in said
+    assert f"(default: {PRESETS[shown].train.steps})" in said
+
+
+def test_what_is_refused_waits_for_no_pytorch(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("PyTorch was asked"))
+    assert commands.main(["--lr=-1"]) == 2
+    assert capsys.readouterr().err == "train.py: lr: expected in (0, inf), got -1.0\n"
+    for flag in ("--nothing", "--seq-len=many"):
+        with pytest.raises(SystemExit) as stop:
+            commands.main([flag])
+        assert stop.value.code == 2
 
 
 def test_a_study_is_one_run_a_variant():
@@ -85,7 +111,7 @@ def test_variants_are_matched_to_the_first(what, preset):
 
 def test_matching_needs_room(data_dir, tmp_path, capsys):
     flags = ["--match=params", "--variants", "gqa", "mha", "--override", "gqa.ffn_hidden_dim=1"]
-    assert study.main(tiny(flags, data_dir, tmp_path)) == 2
+    assert commands.main(tiny(flags, data_dir, tmp_path)) == 2
     assert "match: expected room for a feed-forward layer in mha" in capsys.readouterr().err
 
 
@@ -114,7 +140,7 @@ def test_matching_needs_room(data_dir, tmp_path, capsys):
     (["--seeds", "-1"], "seeds: expected in [0, 9.22337e+18], got -1"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_what_makes_no_study_is_refused(flags, text, data_dir, tmp_path, capsys):
-    assert study.main(tiny(flags, data_dir, tmp_path)) == 2
+    assert commands.main(tiny(flags, data_dir, tmp_path)) == 2
     assert capsys.readouterr().err.startswith(f"train.py: {text}")
 
 
@@ -141,7 +167,7 @@ def test_a_file_by_hand(data_dir, tmp_path):
     lines += ["[grid]", "steps = [2, 3]", "[gqa]", "num_kv_heads = 1"]
     lines = [line for line in lines if line not in ("steps = 6", "generate_tokens = 4")]
     path.write_text("\n".join(lines))
-    assert study.main(["study", str(path), "--log-every=1"]) == 0
+    assert commands.main(["study", str(path), "--log-every=1"]) == 0
     runs = json.loads((folder / "ablation_results.json").read_text())["runs"]
     assert {name: run["steps"] for name, run in runs.items()} == {
         "mha-steps=2": 2, "gqa-steps=2": 2, "mha-steps=3": 3, "gqa-steps=3": 3,
@@ -159,11 +185,11 @@ def test_a_file_by_hand(data_dir, tmp_path):
 def test_a_file_that_is_no_study_is_refused(content, text, tmp_path, capsys):
     path = tmp_path / "study.toml"
     path.write_text(content)
-    assert study.main(["study", str(path)]) == 2
+    assert commands.main(["study", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"train.py: {path}: {text}")
-    assert study.main(["study"]) == 2
+    assert commands.main(["study"]) == 2
     assert "study: expected the path of a study's file" in capsys.readouterr().err
     path.write_text("speed = 3")
     with pytest.raises(SystemExit):
-        study.main(["study", str(path)])
+        commands.main(["study", str(path)])
     assert "speed" in capsys.readouterr().err

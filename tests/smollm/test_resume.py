@@ -11,7 +11,7 @@ import torch
 from study_cases import ROOT, run, tiny
 
 from smollm.attention import MECHANISMS
-from smollm.studies import study
+from smollm.studies import commands
 from smollm.training import metrics, state, trainer
 from smollm.training.record import Run
 
@@ -27,7 +27,7 @@ HARNESS = """
 import importlib, json, os, signal, sys
 
 import torch._dynamo  # what optimizers import
-from smollm.studies import report, study
+from smollm.studies import commands, report, study
 
 report.write_report = lambda *_: None  # a second of plots each
 
@@ -50,7 +50,7 @@ def killed_at(argv, module, name, count):
 
     setattr(home, name, call)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    os._exit(study.main(argv))
+    os._exit(commands.main(argv))
 
 
 whole, stopped, kills = json.loads(sys.argv[1])
@@ -142,7 +142,7 @@ def stop(monkeypatch, home, name, call, stopper):
 
 
 def resume(folder, *flags):
-    return study.main([f"--resume={folder}", *flags])
+    return commands.main([f"--resume={folder}", *flags])
 
 
 @pytest.mark.parametrize(("home", "name", "call"), [
@@ -155,7 +155,7 @@ def test_an_interrupted_study_goes_on(
     flags = [*FLAGS, "--save-every=5", "--variants", "gqa", "mga"]
     with monkeypatch.context() as patched:
         stop(patched, home, name, call, ctrl_c)
-        assert study.main(tiny(flags, data_dir, tmp_path)) == 130
+        assert commands.main(tiny(flags, data_dir, tmp_path)) == 130
     assert f"`python train.py --resume {tmp_path}` goes on.\n" in capsys.readouterr().out
     assert resume(tmp_path) == 0
     assert_same(whole, tmp_path)

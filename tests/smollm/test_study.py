@@ -19,9 +19,10 @@ from rich.console import Console
 from study_cases import ALONE, ROOT, TINY, run, tiny, train_py
 
 from smollm.attention import MECHANISMS
+from smollm.model.build import build_model
 from smollm.model.checkpoint import load_model
-from smollm.model.config import ModelConfig, build_model
-from smollm.studies import plots, report, study
+from smollm.model.config import ModelConfig
+from smollm.studies import commands, plan, plots, report, study
 from smollm.training import run as training
 from smollm.training import trainer
 from smollm.training.checks import check_config
@@ -184,25 +185,25 @@ REFUSALS = [
 def test_bad_flags_cost_no_training(flags, text, data_dir, tmp_path, capsys):
     output = tmp_path / "results"
     arguments = [*TINY, f"--data-dir={data_dir}", f"--output-dir={output}", *flags]
-    assert study.main(arguments) == 2
+    assert commands.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"train.py: {text}")
     assert not [path for path in tmp_path.rglob("*") if path.name not in ("results", ".lock")]
 
 
 def test_a_study_keeps_out_of_an_older_ones_folder(data_dir, tmp_path, capsys):
-    assert study.main(tiny(["--variants", "mha"], data_dir, tmp_path)) == 0
+    assert commands.main(tiny(["--variants", "mha"], data_dir, tmp_path)) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     (tmp_path / "mha" / "notes.txt").write_text("mine")
     (tmp_path / "my_model.pt").write_text("mine")
     (tmp_path / "mla").write_text("mine")
     capsys.readouterr()
     again = tiny(["--variants", "gqa"], data_dir, tmp_path)
-    assert study.main(again) == 2
+    assert commands.main(again) == 2
     words = capsys.readouterr().err
     assert words.startswith("train.py: output_dir: expected a folder without another study's files")
     assert "mha_model.pt" in words and "--overwrite" in words and "--output-dir" in words
     assert all(path.stat().st_mtime_ns == t for path, t in before.items() if path.suffix)
-    assert study.main([*again, "--overwrite"]) == 0
+    assert commands.main([*again, "--overwrite"]) == 0
     assert json.loads((tmp_path / "ablation_results.json").read_text())["runs"].keys() == {"gqa"}
     assert not (tmp_path / "mha_model.pt").exists() and (tmp_path / "gqa_model.pt").exists()
     assert [path.name for path in (tmp_path / "mha").iterdir()] == ["notes.txt"]
@@ -213,7 +214,7 @@ def test_a_study_keeps_out_of_an_older_ones_folder(data_dir, tmp_path, capsys):
 def test_any_file_of_another_study_counts(left, data_dir, tmp_path, capsys):
     (tmp_path / left).parent.mkdir(exist_ok=True)
     (tmp_path / left).write_text("older")
-    assert study.main(tiny(["--variants", "mha"], data_dir, tmp_path)) == 2
+    assert commands.main(tiny(["--variants", "mha"], data_dir, tmp_path)) == 2
     assert f"with {left};" in capsys.readouterr().err
     assert (tmp_path / left).read_text() == "older"
 
@@ -229,7 +230,7 @@ def test_a_folder_that_cannot_be_written_is_refused(data_dir, tmp_path, capsys, 
     closed.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: path != closed and allowed(path, mode))
     for output in ("file", "file/below", "taken", "folder", "closed"):
-        assert study.main(tiny(["--overwrite"], data_dir, tmp_path / output)) == 2
+        assert commands.main(tiny(["--overwrite"], data_dir, tmp_path / output)) == 2
         words = capsys.readouterr().err
         assert words.startswith("train.py: output_dir: expected a folder that can be written, got ")
         assert words.count("\n") == 1
@@ -240,7 +241,7 @@ def test_a_second_study_in_one_folder_is_refused(data_dir, tmp_path, capsys):
     with train_py(tiny(["--steps=2000", "--val-every=2000"], data_dir, tmp_path)) as first:
         wait_for(lambda: (tmp_path / "mha" / "metrics.jsonl").exists(), first)
         again = ["--overwrite", "--variants", "gqa", "--steps=2"]
-        assert study.main(tiny(again, data_dir, tmp_path)) == 2
+        assert commands.main(tiny(again, data_dir, tmp_path)) == 2
         words = capsys.readouterr().err
         assert words.startswith(f"train.py: {tmp_path}: ") and f"process {first.pid} " in words
         assert (tmp_path / "mha" / "metrics.jsonl").exists()
@@ -249,7 +250,7 @@ def test_a_second_study_in_one_folder_is_refused(data_dir, tmp_path, capsys):
 def test_unknown_choices_are_refused_with_the_known_ones(capsys):
     for flags in (["--preset=huge"], ["--norm-strategy=peri"], ["--variants", "mqa"]):
         with pytest.raises(SystemExit) as stop:
-            study.parse(flags)
+            plan.parse(flags)
         assert stop.value.code == 2
     assert "pre" in capsys.readouterr().err
 
@@ -310,7 +311,7 @@ def before(call, first):
 
 def test_an_interrupt_before_any_run_is_a_line(data_dir, tmp_path, capsys, monkeypatch, ctrl_c):
     monkeypatch.setattr(study, "load_corpus", ctrl_c)
-    assert study.main(tiny([], data_dir, tmp_path)) == 130
+    assert commands.main(tiny([], data_dir, tmp_path)) == 130
     assert capsys.readouterr().err == "train.py: interrupted, no run had begun\n"
 
 
@@ -474,7 +475,8 @@ def test_help_explains_every_flag_and_loads_little():
     )  # fmt: skip
     assert done.returncode == 0
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "torch" in loaded and not loaded & {"matplotlib", "torch._dynamo", "datasets"}
+    assert "tyro" in loaded and not loaded & {"torch", "numpy", "matplotlib", "datasets"}
+    assert re.search(r"Defaults shown are those of --preset (cpu|ablation)\.", done.stdout)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     for name in [*names, *ModelConfig().flags]:
         assert f"--{name.replace('_', '-')}" in done.stdout, name
@@ -507,9 +509,9 @@ def test_every_command_of_the_guide_runs(command, data_dir, tmp_path, monkeypatc
     monkeypatch.setattr(report, "write_report", lambda *_: None)  # its plots take longer
     flags = shlex.split(command)
     for preset in ("cpu", "ablation"):
-        config = study.parse([f"--preset={preset}", *flags])
+        config = plan.parse([f"--preset={preset}", *flags])
         check_config(config, 4096)
-    config = study.parse(["--preset=cpu", *flags])
+    config = plan.parse(["--preset=cpu", *flags])
     short = {
         "steps": 1,
         "seq_len": 16,

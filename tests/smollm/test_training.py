@@ -16,7 +16,8 @@ from study_cases import ALONE, SMALL
 from smollm.attention import MECHANISMS
 from smollm.attention.options import ranges
 from smollm.data.shards import TokenWindows
-from smollm.model.config import ModelConfig, build_model
+from smollm.model.build import build_model
+from smollm.model.config import ModelConfig
 from smollm.training import metrics
 from smollm.training.checks import check_config
 from smollm.training.config import PRESETS, Config, TrainConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from study_cases import tiny
 
-from smollm.studies import study
+from smollm.studies import commands
 from smollm.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -29,12 +29,12 @@ def test_no_step_waits_for_the_gpu(mechanism, flags, data_dir, tmp_path, monkeyp
     monkeypatch.setattr(Trainer, "_step", watched)
     flags = [f"--variants={mechanism}", "--steps=20", "--log-every=10", "--val-every=20",
              "--compile=off", *flags]  # fmt: skip
-    assert study.main(tiny(flags, data_dir, tmp_path)) == 0
+    assert commands.main(tiny(flags, data_dir, tmp_path)) == 0
 
 
 def test_a_compiled_run_is_bf16_and_learns(data_dir, tmp_path):
     flags = ["--steps=60", "--val-every=60", "--lr=1e-2", "--variants", "gqa", "mga"]
-    assert study.main(tiny(flags, data_dir, tmp_path)) == 0
+    assert commands.main(tiny(flags, data_dir, tmp_path)) == 0
     runs = json.loads((tmp_path / "ablation_results.json").read_text())["runs"]
     for run in runs.values():
         assert run["compile_seconds"] > 0 and run["cache_dtype"] == "bf16" and run["mfu"] != 0

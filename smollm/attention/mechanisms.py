@@ -1,0 +1,100 @@
+"""The mechanisms: their own options as flags, and a row for each; needs no PyTorch."""
+
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from smollm.attention.options import LARGEST, WIDEST, Options, Range, SharedOptions
+
+if TYPE_CHECKING:
+    from smollm.attention.base import Attention
+
+Environment = Literal["query", "kin", "none"]
+
+
+@dataclass(frozen=True)
+class GroupedQueryOptions(Options):
+    """GQA's own options."""
+
+    num_kv_heads: Annotated[int, Range(1, WIDEST)] = 3
+    """GQA: key and value heads."""
+
+
+@dataclass(frozen=True)
+class LatentOptions(Options):
+    """MLA's own options."""
+
+    latent_dim: Annotated[int, Range(1, WIDEST)] = 288
+    """MLA: width of the latent that the cache holds."""
+    rope_dim: Annotated[int, Range(0, WIDEST)] = 32
+    """MLA: width of the rotary part; 0 for none."""
+    q_latent_dim: Annotated[int | None, Range(1, WIDEST)] = None
+    """MLA: width of a latent that queries are expanded from; none by default."""
+
+
+@dataclass(frozen=True)
+class GeneticOptions(Options):
+    """MGA's own options."""
+
+    num_value_heads: Annotated[int | None, Range(1, WIDEST)] = None
+    """MGA: value heads; as many as heads by default."""
+    environment: Environment = "query"
+    """MGA: what re-weighs the fitness of genes."""
+    selection_pressure: Annotated[float, Range(1e-6, 1e6)] = 4.0
+    """MGA: initial selection pressure of every head."""
+    genetic_window_size: Annotated[int, Range(1, LARGEST)] = 128
+    """MGA: tokens in the window, which it always has."""
+
+    def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102
+        if shared.qk_norm != "none":
+            raise ValueError(
+                "qk_norm: expected 'none' with mga, whose genes have no such norm, got "
+                f"{shared.qk_norm!r}; choose the others with --variants"
+            )
+        return {
+            "d_model": shared.embed_dim,
+            "num_heads": shared.num_heads,
+            "window_size": self.genetic_window_size,
+            "num_value_heads": self.num_value_heads,
+            "environment": self.environment,
+            "selection_pressure": self.selection_pressure,
+            "rope_theta": shared.rope_theta,
+            "bias": shared.bias,
+            "dropout": shared.dropout,
+        }
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A mechanism that models can be built with."""
+
+    name: str  # as flags and files call it
+    title: str  # as tables and plots call it
+    color: str  # in plots
+    options: type[Options]
+    path: str  # MODULE:CLASS in this package, imported when one is built
+
+    @property
+    def module(self) -> "type[Attention]":
+        """The module's class."""
+        found: type[Attention] = resolve_name(f"{__package__}.{self.path}")
+        return found
+
+    def build(self, shared: SharedOptions, options: Options) -> "Attention":
+        """A prototype of the module.
+
+        Raises:
+            ValueError: the options do not fit together.
+        """
+        return self.module(**options.arguments(shared))
+
+
+MECHANISMS = {
+    row.name: row
+    for row in (
+        Mechanism("mha", "MHA", "#4269d0", Options, "grouped:MultiHeadAttention"),
+        Mechanism("gqa", "GQA", "#efb118", GroupedQueryOptions, "grouped:GroupedQueryAttention"),
+        Mechanism("mla", "MLA", "#ff725c", LatentOptions, "latent:MultiHeadLatentAttention"),
+        Mechanism("mga", "MGA", "#3ca951", GeneticOptions, "genetic:MultiHeadGeneticAttention"),
+    )
+}
