@@ -1,6 +1,7 @@
 """What every mechanism shares: padding, positions, the output projection, initialisation."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,7 +15,6 @@ from smollm.attention.rope import Rope, rotary_tables, token_positions
 
 QKNorm = bool | Literal["rms"]
 Layer = Callable[[Tensor], Tensor]
-NORM_EPS = 1e-5
 
 
 class Attention(nn.Module):
@@ -168,14 +168,21 @@ def dropout_layer(p: float) -> Layer:
     return nn.Dropout(p) if p else unchanged
 
 
-def head_norm(qk_norm: QKNorm, width: int) -> Layer:
+def head_norm(qk_norm: QKNorm, width: int, eps: float) -> Layer:
     """The norm over a head's width that `qk_norm` names, which is none for False or no width."""
     if qk_norm not in (False, True, "rms"):
         raise ValueError(f"qk_norm: expected False, True or 'rms', got {qk_norm!r}")
+    check_norm_eps(eps)
     if not qk_norm or width == 0:
         return unchanged
     norm = nn.RMSNorm if qk_norm == "rms" else nn.LayerNorm
-    return norm(width, eps=NORM_EPS)
+    return norm(width, eps=eps)
+
+
+def check_norm_eps(eps: float) -> None:
+    """Refuse what no norm can add to a variance."""
+    if not 0 < eps < math.inf:
+        raise ValueError(f"norm_eps: expected > 0, got {eps}")
 
 
 def checked_window(use_sliding_window: bool, window_size: int | None) -> int | None:

@@ -31,6 +31,7 @@ class GroupedQueryAttention(Attention):
         use_sliding_window, window_size: see only the latest window_size tokens, itself included;
             implies causality.
         qk_norm: True for LayerNorm over the head width before rotation, "rms" for RMSNorm.
+        norm_eps: what these norms add to a variance. Default 1e-5.
         is_causal: see no later token. Default False; inside a SmolLM always True.
         rotary: rotate queries and keys. Default True.
         rope_theta: rotary base. Default 100,000.
@@ -50,6 +51,7 @@ class GroupedQueryAttention(Attention):
         qk_norm: QKNorm = False,
         is_causal: bool = False,
         *,
+        norm_eps: float = 1e-5,
         rotary: bool = True,
         rope_theta: float = 100_000.0,
     ) -> None:
@@ -71,8 +73,8 @@ class GroupedQueryAttention(Attention):
         self.k_proj = Linear(embed_dim, kv_dim, bias=bias)
         self.v_proj = Linear(embed_dim, kv_dim, bias=bias)
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
-        self.q_norm = head_norm(qk_norm, self.head_dim)
-        self.k_norm = head_norm(qk_norm, self.head_dim)
+        self.q_norm = head_norm(qk_norm, self.head_dim, norm_eps)
+        self.k_norm = head_norm(qk_norm, self.head_dim, norm_eps)
         self.reset_parameters()
 
     def heads(  # noqa: D102

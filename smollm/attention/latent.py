@@ -17,7 +17,7 @@ from smollm.attention.base import (
 from smollm.attention.cache import LayerCache
 from smollm.attention.rope import Rope
 
-LATENT_NORM_EPS = 1e-6  # DeepSeek's
+LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever its config says
 
 
 class MultiHeadLatentAttention(Attention):
@@ -38,6 +38,7 @@ class MultiHeadLatentAttention(Attention):
         qk_norm: as in `GroupedQueryAttention`, on the queries and on the shared rotary key.
             The keys expanded from the latent stay linear in it, which absorption needs, so
             rope_dim must not be 0; latents have an RMSNorm of their own in any case.
+        norm_eps: as in `GroupedQueryAttention`; the latents' norms have DeepSeek's 1e-6.
         rope_theta: rotary base. Default 100,000.
 
     Source: DeepSeek-V2, arXiv 2405.04434.
@@ -57,6 +58,7 @@ class MultiHeadLatentAttention(Attention):
         qk_norm: QKNorm = False,
         is_causal: bool = False,
         *,
+        norm_eps: float = 1e-5,
         rope_theta: float = 100_000.0,
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
@@ -96,9 +98,9 @@ class MultiHeadLatentAttention(Attention):
         self.latent_norm = nn.RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
         self.kv_up_proj = Linear(latent_dim, num_heads * 2 * self.head_dim, bias=False)
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
-        self.q_nope_norm = head_norm(qk_norm, self.head_dim)
-        self.q_rope_norm = head_norm(qk_norm, rope_dim)
-        self.k_rope_norm = head_norm(qk_norm, rope_dim)
+        self.q_nope_norm = head_norm(qk_norm, self.head_dim, norm_eps)
+        self.q_rope_norm = head_norm(qk_norm, rope_dim, norm_eps)
+        self.k_rope_norm = head_norm(qk_norm, rope_dim, norm_eps)
         self.reset_parameters()
 
     def heads(  # noqa: D102

@@ -5,7 +5,7 @@ from typing import get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smollm.attention.base import NORM_EPS, Attention, Layer, Linear, dropout_layer, unchanged
+from smollm.attention.base import Attention, Layer, Linear, dropout_layer, unchanged
 from smollm.attention.cache import LayerCache
 from smollm.attention.rope import Rope
 from smollm.model.config import NormStrategy
@@ -37,7 +37,12 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, attention: Attention, mlp: SwiGLU, embed_dim: int, norm_strategy: NormStrategy
+        self,
+        attention: Attention,
+        mlp: SwiGLU,
+        embed_dim: int,
+        norm_strategy: NormStrategy,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         if norm_strategy not in get_args(NormStrategy):
@@ -47,7 +52,7 @@ class Block(nn.Module):
 
         def norm(*strategies: NormStrategy) -> Layer:
             used = norm_strategy in strategies
-            return nn.RMSNorm(embed_dim, eps=NORM_EPS) if used else unchanged
+            return nn.RMSNorm(embed_dim, eps=norm_eps) if used else unchanged
 
         self.attention = attention
         self.mlp = mlp

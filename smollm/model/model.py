@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import check_cu_seqlens
-from smollm.attention.base import NORM_EPS, Attention, Linear, dropout_layer, initialise
+from smollm.attention.base import (
+    Attention,
+    Linear,
+    check_norm_eps,
+    dropout_layer,
+    initialise,
+)
 from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
@@ -30,6 +36,7 @@ def create_smollm_with_attention(
     use_bias: bool = False,
     tie_embeddings: bool = True,
     norm_strategy: NormStrategy = "pre",
+    norm_eps: float = 1e-5,
 ) -> "SmolLM":
     """Build a SmolLM around a mechanism; the defaults are SmolLM2-135M's shape.
 
@@ -45,6 +52,8 @@ def create_smollm_with_attention(
         use_bias: biases in the MLP; the prototype carries its own. Default False.
         tie_embeddings: the output head shares the embedding's weights. Default True.
         norm_strategy: "pre" (default), "post" or "sandwich".
+        norm_eps: what the norms of blocks and of the last hidden state add to a mean square; the
+            prototype carries its own. Default 1e-5.
 
     Returns:
         A `SmolLM` in fp32 on the CPU.
@@ -63,6 +72,7 @@ def create_smollm_with_attention(
         use_bias=use_bias,
         tie_embeddings=tie_embeddings,
         norm_strategy=norm_strategy,
+        norm_eps=norm_eps,
     )
 
 
@@ -88,6 +98,7 @@ class SmolLM(Generator):
         use_bias: bool,
         tie_embeddings: bool,
         norm_strategy: NormStrategy,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         if not isinstance(attention_module, Attention):
@@ -109,6 +120,7 @@ class SmolLM(Generator):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected >= 1, got {size}")
+        check_norm_eps(norm_eps)
         self.embed_dim = embed_dim
         self.vocab_size = vocab_size
         self.max_seq_len = max_seq_len
@@ -123,10 +135,11 @@ class SmolLM(Generator):
                 SwiGLU(embed_dim, ffn_hidden_dim, use_bias, dropout),
                 embed_dim,
                 norm_strategy,
+                norm_eps,
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(embed_dim, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(embed_dim, eps=norm_eps)
         self.lm_head: TiedHead | Linear = (
             TiedHead(self.embed_tokens)
             if tie_embeddings
