@@ -31,25 +31,32 @@ class Attention(nn.Module):
         embed_dim: int,
         num_heads: int,
         *,
+        head_dim: int | None,
         dropout: float,
         window_size: int | None,
         is_causal: bool,
-        rope_dim: int,
+        rope_dim: int | None,
         rope_theta: float,
     ) -> None:
         super().__init__()
-        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+        if head_dim is None:
+            check_divides("num_heads", num_heads, "embed_dim", embed_dim)
+            head_dim = embed_dim // num_heads
+        for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
+            if size < 1:
+                raise ValueError(f"{name}: expected >= 1, got {size}")
         if window_size is not None and (
             isinstance(window_size, bool) or not isinstance(window_size, int)
         ):
             raise TypeError(f"window_size: expected an integer or None, got {window_size!r}")
         if window_size is not None and window_size < 1:
             raise ValueError(f"window_size: expected >= 1 (it counts itself), got {window_size}")
+        rope_dim = head_dim if rope_dim is None else rope_dim
         if rope_dim % 2:
             raise ValueError(f"rotary width: expected an even number, got {rope_dim}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
-        self.head_dim = embed_dim // num_heads
+        self.head_dim = head_dim
         self.window_size = window_size
         self.is_causal = is_causal
         self.rope_dim = rope_dim  # 0 for a mechanism that does not rotate

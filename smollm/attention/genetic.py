@@ -21,12 +21,13 @@ class MultiHeadGeneticAttention(Attention):
     windowed, so there is no use_sliding_window.
 
     Args:
-        d_model: model width, a multiple of num_heads.
+        d_model: model width.
         num_heads: heads.
         window_size: tokens in a full window, the token itself included. Required.
         num_value_heads: value heads, a divisor of num_heads. Default num_heads.
         environment: what re-weighs gene fitness: "query" (the token's own projection, default),
             "kin" (its genes) or "none".
+        head_dim: width of a head. Default d_model / num_heads.
         rotary: rotate genes and fitness. Default True.
         selection_pressure: initial kappa of every head, learned. Default 4.
         bias: biases on the projections. Default False.
@@ -41,6 +42,7 @@ class MultiHeadGeneticAttention(Attention):
         window_size: int,
         num_value_heads: int | None = None,
         *,
+        head_dim: int | None = None,
         environment: Environment = "query",
         rotary: bool = True,
         selection_pressure: float = 4.0,
@@ -54,24 +56,27 @@ class MultiHeadGeneticAttention(Attention):
             raise ValueError(f"environment: expected 'query', 'kin' or 'none', got {environment!r}")
         if not 0 < selection_pressure < math.inf:
             raise ValueError(f"selection_pressure: expected > 0, got {selection_pressure}")
-        check_divides("num_heads", num_heads, "d_model", d_model)
+        if head_dim is None:
+            check_divides("num_heads", num_heads, "d_model", d_model)
         super().__init__(
             d_model,
             num_heads,
+            head_dim=head_dim,
             dropout=dropout,
             window_size=window_size,
             is_causal=True,
-            rope_dim=d_model // num_heads if rotary else 0,
+            rope_dim=None if rotary else 0,
             rope_theta=rope_theta,
         )
         self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
         check_divides("num_value_heads", self.num_value_heads, "num_heads", num_heads)
         self.environment = environment
         self._initial_pressure = selection_pressure
-        self.w_g = Linear(d_model, d_model, bias=bias)
-        self.w_e = Linear(d_model, d_model, bias=bias) if environment == "query" else None
+        width = num_heads * self.head_dim
+        self.w_g = Linear(d_model, width, bias=bias)
+        self.w_e = Linear(d_model, width, bias=bias) if environment == "query" else None
         self.w_v = Linear(d_model, self.num_value_heads * self.head_dim, bias=bias)
-        self.out_proj = Linear(d_model, d_model, bias=bias)
+        self.out_proj = Linear(width, d_model, bias=bias)
         self.log_selection_pressure = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 

@@ -23,7 +23,7 @@ class GroupedQueryAttention(Attention):
     """Softmax attention in which groups of query heads share one key and value head.
 
     Args:
-        embed_dim: model width, a multiple of num_heads.
+        embed_dim: model width.
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads.
         dropout: on the output. Default 0.
@@ -31,6 +31,7 @@ class GroupedQueryAttention(Attention):
         use_sliding_window, window_size: see only the latest window_size tokens, itself included;
             implies causality.
         qk_norm: True for LayerNorm over the head width before rotation, "rms" for RMSNorm.
+        head_dim: width of a head. Default embed_dim / num_heads.
         norm_eps: what these norms add to a variance. Default 1e-5.
         is_causal: see no later token. Default False; inside a SmolLM always True.
         rotary: rotate queries and keys. Default True.
@@ -51,28 +52,29 @@ class GroupedQueryAttention(Attention):
         qk_norm: QKNorm = False,
         is_causal: bool = False,
         *,
+        head_dim: int | None = None,
         norm_eps: float = 1e-5,
         rotary: bool = True,
         rope_theta: float = 100_000.0,
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
-        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
         super().__init__(
             embed_dim,
             num_heads,
+            head_dim=head_dim,
             dropout=dropout,
             window_size=window_size,
             is_causal=is_causal or use_sliding_window,
-            rope_dim=embed_dim // num_heads if rotary else 0,
+            rope_dim=None if rotary else 0,
             rope_theta=rope_theta,
         )
         check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
         self.num_kv_heads = num_kv_heads
-        kv_dim = num_kv_heads * self.head_dim
-        self.q_proj = Linear(embed_dim, embed_dim, bias=bias)
+        q_dim, kv_dim = (heads * self.head_dim for heads in (num_heads, num_kv_heads))
+        self.q_proj = Linear(embed_dim, q_dim, bias=bias)
         self.k_proj = Linear(embed_dim, kv_dim, bias=bias)
         self.v_proj = Linear(embed_dim, kv_dim, bias=bias)
-        self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
+        self.out_proj = Linear(q_dim, embed_dim, bias=bias)
         self.q_norm = head_norm(qk_norm, self.head_dim, norm_eps)
         self.k_norm = head_norm(qk_norm, self.head_dim, norm_eps)
         self.reset_parameters()

@@ -38,6 +38,9 @@ class MultiHeadLatentAttention(Attention):
         qk_norm: as in `GroupedQueryAttention`, on the queries and on the shared rotary key.
             The keys expanded from the latent stay linear in it, which absorption needs, so
             rope_dim must not be 0; latents have an RMSNorm of their own in any case.
+        head_dim: width of the part of queries and keys that is not rotated. Default
+            embed_dim / num_heads.
+        value_dim: width of the values. Default head_dim.
         norm_eps: as in `GroupedQueryAttention`; the latents' norms have DeepSeek's 1e-6.
         rope_theta: rotary base. Default 100,000.
 
@@ -58,6 +61,8 @@ class MultiHeadLatentAttention(Attention):
         qk_norm: QKNorm = False,
         is_causal: bool = False,
         *,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
         norm_eps: float = 1e-5,
         rope_theta: float = 100_000.0,
     ) -> None:
@@ -68,6 +73,8 @@ class MultiHeadLatentAttention(Attention):
             raise ValueError(f"rope_dim: expected >= 0, got {rope_dim}")
         if q_latent_dim is not None and q_latent_dim < 1:
             raise ValueError(f"q_latent_dim: expected >= 1 or None, got {q_latent_dim}")
+        if value_dim is not None and value_dim < 1:
+            raise ValueError(f"value_dim: expected >= 1 or None, got {value_dim}")
         if qk_norm and not rope_dim:
             raise ValueError(
                 "qk_norm: expected False with rope_dim=0, where every key is expanded from the "
@@ -76,6 +83,7 @@ class MultiHeadLatentAttention(Attention):
         super().__init__(
             embed_dim,
             num_heads,
+            head_dim=head_dim,
             dropout=dropout,
             window_size=window_size,
             is_causal=is_causal or use_sliding_window,
@@ -83,6 +91,7 @@ class MultiHeadLatentAttention(Attention):
             rope_theta=rope_theta,
         )
         self.latent_dim = latent_dim
+        self.value_dim = self.head_dim if value_dim is None else value_dim
         self.scale = (self.head_dim + rope_dim) ** -0.5
         q_dim = num_heads * (self.head_dim + rope_dim)
         self.q_proj: nn.Module = Linear(embed_dim, q_dim, bias=bias)
@@ -96,8 +105,9 @@ class MultiHeadLatentAttention(Attention):
             )
         self.kv_down_proj = Linear(embed_dim, latent_dim + rope_dim, bias=bias)
         self.latent_norm = nn.RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
-        self.kv_up_proj = Linear(latent_dim, num_heads * 2 * self.head_dim, bias=False)
-        self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
+        kv_dim = num_heads * (self.head_dim + self.value_dim)
+        self.kv_up_proj = Linear(latent_dim, kv_dim, bias=False)
+        self.out_proj = Linear(num_heads * self.value_dim, embed_dim, bias=bias)
         self.q_nope_norm = head_norm(qk_norm, self.head_dim, norm_eps)
         self.q_rope_norm = head_norm(qk_norm, rope_dim, norm_eps)
         self.k_rope_norm = head_norm(qk_norm, rope_dim, norm_eps)
@@ -120,15 +130,14 @@ class MultiHeadLatentAttention(Attention):
             rings = cache.store(latent=latent, **({} if k_rope is None else {"rope": k_rope}))
             if cache.decoding:
                 return self._decode(q_nope, q_rope, rings, cache.lengths)
-        up = rearrange(
-            self.kv_up_proj(latent), "b t (h two d) -> two b t h d", two=2, d=self.head_dim
-        )
+        up = split_heads(self.kv_up_proj(latent), self.num_heads)
+        k_nope, v = up.split_with_sizes((self.head_dim, self.value_dim), dim=-1)
         return latent_attention(
             q_nope,
             q_rope,
-            up[0],
+            k_nope,
             k_rope,
-            up[1],
+            v,
             causal=self.is_causal,
             window_size=self.window_size,
             scale=self.scale,
@@ -140,7 +149,8 @@ class MultiHeadLatentAttention(Attention):
     ) -> Tensor:
         """Absorbed: <q_nope, W_k c> = <W_k^T q_nope, c>, and W_v is applied after the sum."""
         up = self.kv_up_proj.weight.to(q_nope.dtype)
-        w_k, w_v = rearrange(up, "(h two d) c -> two h d c", two=2, d=self.head_dim)
+        up = rearrange(up, "(h d) c -> h d c", h=self.num_heads)
+        w_k, w_v = up.split_with_sizes((self.head_dim, self.value_dim), dim=1)
         selected = latent_decode(
             einsum(q_nope, w_k, "b t h d, h d c -> b t h c"),
             q_rope,
@@ -154,4 +164,4 @@ class MultiHeadLatentAttention(Attention):
         return o
 
     def score_and_value_width(self) -> int:  # noqa: D102
-        return self.num_heads * (2 * self.head_dim + self.rope_dim)
+        return self.num_heads * (self.head_dim + self.rope_dim + self.value_dim)

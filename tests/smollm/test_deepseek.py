@@ -8,7 +8,9 @@ from smollm import MultiHeadLatentAttention
 deepseek = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
 
 EMBED, HEADS, LATENT, ROPE = 96, 6, 40, 8
-HEAD = EMBED // HEADS
+
+
+WIDTHS = [(None, None, None), (56, None, None), (None, 20, 12)]
 
 
 def halves_to_pairs(rows, width):
@@ -21,7 +23,7 @@ def halves_to_pairs(rows, width):
 
 def weights_for_deepseek(ours):
     """Our parameters, or their gradients, by DeepSeek's names."""
-    per_head = (HEADS, HEAD + ROPE)
+    per_head = (HEADS, -1)
     q = ours.pop("q_proj.weight", None)
     name = "q_proj.weight"
     if q is None:
@@ -40,18 +42,19 @@ def weights_for_deepseek(ours):
     return theirs | {names[name]: x for name, x in ours.items()}
 
 
-@pytest.mark.parametrize("q_latent_dim", [None, 56])
-def test_deepseek_v3_with_the_same_weights_gives_the_same(q_latent_dim):
+@pytest.mark.parametrize(("q_latent_dim", "head_dim", "value_dim"), WIDTHS)
+def test_deepseek_v3_with_the_same_weights_gives_the_same(q_latent_dim, head_dim, value_dim):
     ours = MultiHeadLatentAttention(
-        EMBED, HEADS, LATENT, ROPE, q_latent_dim, bias=False, is_causal=True
-    )
+        EMBED, HEADS, LATENT, ROPE, q_latent_dim, bias=False, is_causal=True,
+        head_dim=head_dim, value_dim=value_dim,
+    )  # fmt: skip
     for name, parameter in ours.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     config = deepseek.DeepseekV3Config(
         hidden_size=EMBED, num_attention_heads=HEADS, num_key_value_heads=HEADS,
         q_lora_rank=q_latent_dim, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE,
-        qk_nope_head_dim=HEAD, v_head_dim=HEAD, attention_bias=False,
+        qk_nope_head_dim=head_dim or 16, v_head_dim=value_dim or 16, attention_bias=False,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         attn_implementation="eager",
     )  # fmt: skip

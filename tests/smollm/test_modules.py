@@ -23,12 +23,16 @@ MODULES = {
     "mha-qk-norm": lambda: MultiHeadAttention(WIDTH, 6, qk_norm=True, is_causal=True),
     "gqa": lambda: GroupedQueryAttention(WIDTH, 6, 2, is_causal=True),
     "gqa-rms": lambda: GroupedQueryAttention(WIDTH, 6, 2, qk_norm="rms", is_causal=True),
+    "gqa-settings": lambda: GroupedQueryAttention(WIDTH, 5, 1, is_causal=True, head_dim=6),
     "gqa-no-rotary": lambda: GroupedQueryAttention(WIDTH, 6, 1, rotary=False, is_causal=True),
     "mla": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, is_causal=True),
     "mla-window": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, **WINDOW),
     "mla-qk-norm": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, qk_norm=True, is_causal=True),
     "mla-no-rope": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 0, is_causal=True),
     "mla-q-latent": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, 14, is_causal=True),
+    "mla-widths": lambda: MultiHeadLatentAttention(
+        WIDTH, 5, 10, 4, is_causal=True, head_dim=6, value_dim=3
+    ),
     "mga": lambda: MultiHeadGeneticAttention(WIDTH, 6, 3),
     "mga-kin": lambda: MultiHeadGeneticAttention(WIDTH, 6, 3, 2, environment="kin"),
     "mga-none": lambda: MultiHeadGeneticAttention(WIDTH, 6, 5, 1, environment="none", rotary=False),
