@@ -13,7 +13,7 @@ from smollm.attention.cache import LayerCache
 from smollm.attention.padding import packing
 from smollm.attention.rope import Rope, rotary_tables, token_positions
 
-QKNorm = bool | Literal["rms"]
+QKNorm = bool | Literal["rms", "rms-full"]
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -176,13 +176,13 @@ def dropout_layer(p: float) -> Layer:
 
 
 def head_norm(qk_norm: QKNorm, width: int, eps: float) -> Layer:
-    """The norm over a head's width that `qk_norm` names, which is none for False or no width."""
-    if qk_norm not in (False, True, "rms"):
-        raise ValueError(f"qk_norm: expected False, True or 'rms', got {qk_norm!r}")
+    """The norm over a width that `qk_norm` names, which is none for False or no width."""
+    if qk_norm not in (False, True, "rms", "rms-full"):
+        raise ValueError(f"qk_norm: expected False, True, 'rms' or 'rms-full', got {qk_norm!r}")
     check_norm_eps(eps)
     if not qk_norm or width == 0:
         return unchanged
-    norm = nn.RMSNorm if qk_norm == "rms" else nn.LayerNorm
+    norm = nn.LayerNorm if qk_norm is True else nn.RMSNorm
     return norm(width, eps=eps)
 
 

@@ -30,7 +30,8 @@ class GroupedQueryAttention(Attention):
         bias: biases on the projections. Default True.
         use_sliding_window, window_size: see only the latest window_size tokens, itself included;
             implies causality.
-        qk_norm: True for LayerNorm over the head width before rotation, "rms" for RMSNorm.
+        qk_norm: True for LayerNorm over the head width before rotation, "rms" for RMSNorm,
+            "rms-full" for RMSNorm over all heads together (OLMo 2). Default none.
         head_dim: width of a head. Default embed_dim / num_heads.
         norm_eps: what these norms add to a variance. Default 1e-5.
         is_causal: see no later token. Default False; inside a SmolLM always True.
@@ -75,17 +76,23 @@ class GroupedQueryAttention(Attention):
         self.k_proj = Linear(embed_dim, kv_dim, bias=bias)
         self.v_proj = Linear(embed_dim, kv_dim, bias=bias)
         self.out_proj = Linear(q_dim, embed_dim, bias=bias)
-        self.q_norm = head_norm(qk_norm, self.head_dim, norm_eps)
-        self.k_norm = head_norm(qk_norm, self.head_dim, norm_eps)
+        self.norms_all_heads = qk_norm == "rms-full"
+        q_width, k_width = (q_dim, kv_dim) if self.norms_all_heads else (self.head_dim,) * 2
+        self.q_norm = head_norm(qk_norm, q_width, norm_eps)
+        self.k_norm = head_norm(qk_norm, k_width, norm_eps)
         self.reset_parameters()
 
     def heads(  # noqa: D102
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
-        q = split_heads(self.q_proj(x), self.num_heads)
-        k = split_heads(self.k_proj(x), self.num_kv_heads)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if self.norms_all_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = split_heads(q, self.num_heads), split_heads(k, self.num_kv_heads)
         v = split_heads(self.v_proj(x), self.num_kv_heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if not self.norms_all_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if self.rope_dim:
             joint = rotate(torch.cat((q, k), dim=2), *rope)
             q, k = joint.split_with_sizes((self.num_heads, self.num_kv_heads), dim=2)

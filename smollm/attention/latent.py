@@ -37,7 +37,8 @@ class MultiHeadLatentAttention(Attention):
         bias: biases on the projections; up-projections never have one. Default True.
         qk_norm: as in `GroupedQueryAttention`, on the queries and on the shared rotary key.
             The keys expanded from the latent stay linear in it, which absorption needs, so
-            rope_dim must not be 0; latents have an RMSNorm of their own in any case.
+            rope_dim must not be 0, and no norm joins the heads as "rms-full" does; latents have an
+            RMSNorm of their own in any case.
         head_dim: width of the part of queries and keys that is not rotated. Default
             embed_dim / num_heads.
         value_dim: width of the values. Default head_dim.
@@ -75,6 +76,11 @@ class MultiHeadLatentAttention(Attention):
             raise ValueError(f"q_latent_dim: expected >= 1 or None, got {q_latent_dim}")
         if value_dim is not None and value_dim < 1:
             raise ValueError(f"value_dim: expected >= 1 or None, got {value_dim}")
+        if qk_norm == "rms-full":
+            raise ValueError(
+                "qk_norm: expected False, True or 'rms' with MLA, whose heads share the only key "
+                f"that has a norm, got {qk_norm!r}"
+            )
         if qk_norm and not rope_dim:
             raise ValueError(
                 "qk_norm: expected False with rope_dim=0, where every key is expanded from the "

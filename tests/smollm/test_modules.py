@@ -23,7 +23,9 @@ MODULES = {
     "mha-qk-norm": lambda: MultiHeadAttention(WIDTH, 6, qk_norm=True, is_causal=True),
     "gqa": lambda: GroupedQueryAttention(WIDTH, 6, 2, is_causal=True),
     "gqa-rms": lambda: GroupedQueryAttention(WIDTH, 6, 2, qk_norm="rms", is_causal=True),
-    "gqa-settings": lambda: GroupedQueryAttention(WIDTH, 5, 1, is_causal=True, head_dim=6),
+    "gqa-settings": lambda: GroupedQueryAttention(
+        WIDTH, 5, 1, qk_norm="rms-full", is_causal=True, head_dim=6
+    ),
     "gqa-no-rotary": lambda: GroupedQueryAttention(WIDTH, 6, 1, rotary=False, is_causal=True),
     "mla": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, is_causal=True),
     "mla-window": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, **WINDOW),
@@ -152,7 +154,7 @@ REFUSALS = [
     (lambda: MultiHeadAttention(WIDTH, 6, use_sliding_window=True, window_size=0),
      "window_size: expected >= 1 (it counts itself), got 0"),
     (lambda: MultiHeadAttention(WIDTH, 6, qk_norm="batch"),
-     "qk_norm: expected False, True or 'rms', got 'batch'"),
+     "qk_norm: expected False, True, 'rms' or 'rms-full', got 'batch'"),
     (lambda: MultiHeadLatentAttention(WIDTH, 6, 0), "latent_dim: expected >= 1, got 0"),
     (lambda: MultiHeadLatentAttention(WIDTH, 6, 8, 0, qk_norm="rms"),
      "qk_norm: expected False with rope_dim=0, where every key is expanded from the latent and "

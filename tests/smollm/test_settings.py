@@ -37,6 +37,12 @@ def heads_of(x, weight, heads):
     return (x @ weight.T).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def merged(module, q, k, v):
+    """What attention makes of queries, keys and values, [B, heads, T, D]."""
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return o.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T
+
+
 @pytest.mark.parametrize("head_dim", [2, 10])
 def test_heads_of_any_width(head_dim):
     module = GroupedQueryAttention(
@@ -47,10 +53,24 @@ def test_heads_of_any_width(head_dim):
         for name, heads in (("q_proj", 5), ("k_proj", 1), ("v_proj", 1))
     )
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] == head_dim
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    expected = o.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T
-    torch.testing.assert_close(module(X), expected)
+    torch.testing.assert_close(module(X), merged(module, q, k, v))
     assert module.score_and_value_width() == 5 * 2 * head_dim
+
+
+def test_a_norm_over_all_heads_together():
+    """As OLMo 2's: the heads of a token share one mean square."""
+    module = GroupedQueryAttention(
+        WIDTH, 6, 2, bias=False, is_causal=True, rotary=False, qk_norm="rms-full", norm_eps=0.1
+    ).double()
+
+    def normed(name, heads):
+        x, norm = X @ getattr(module, f"{name}_proj").weight.T, getattr(module, f"{name}_norm")
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        x = x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt() * norm.weight
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    q, k, v = normed("q", 6), normed("k", 2), heads_of(X, module.v_proj.weight, 2)
+    torch.testing.assert_close(module(X), merged(module, q, k, v))
 
 
 def test_latent_heads_of_any_widths():
@@ -61,9 +81,7 @@ def test_latent_heads_of_any_widths():
     latent = module.latent_norm(X @ module.kv_down_proj.weight.T)
     q = heads_of(X, module.q_proj.weight, 5)
     k, v = heads_of(latent, module.kv_up_proj.weight, 5).split((6, 3), dim=-1)
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    expected = o.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T
-    torch.testing.assert_close(module(X), expected)
+    torch.testing.assert_close(module(X), merged(module, q, k, v))
     assert module.score_and_value_width() == 5 * (6 + 3)
 
 
@@ -80,6 +98,9 @@ def test_genes_of_any_number():
 
 
 REFUSALS = [
+    (lambda: MultiHeadLatentAttention(WIDTH, 6, 8, qk_norm="rms-full"),
+     "qk_norm: expected False, True or 'rms' with MLA, whose heads share the only key that has a "
+     "norm, got 'rms-full'"),
     (lambda: MultiHeadAttention(WIDTH, 6, head_dim=0), "head_dim: expected >= 1, got 0"),
     (lambda: MultiHeadAttention(WIDTH, -1, head_dim=4), "num_heads: expected >= 1, got -1"),
     (lambda: MultiHeadLatentAttention(WIDTH, 6, 8, value_dim=0),
