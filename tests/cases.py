@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smollm.attention.rope import rotary_tables, token_positions
+from smollm.attention.rope import Rotation, token_positions
 
 
 def _random(
@@ -410,7 +410,7 @@ class GeneticCase:
             return None
         offsets = _offsets(self.lengths, device)
         positions = token_positions(self.tokens, offsets, device=torch.device(device))
-        cos, sin = rotary_tables(positions, self.width, theta=100_000.0)
+        cos, sin = Rotation(self.width, theta=100_000.0).tables(positions)
         if self.contiguous:
             return cos, sin
         joined = torch.cat((cos, sin), dim=-1)
@@ -532,7 +532,7 @@ class GeneticDecodeCase(DecodeCase):
         tokens = self.q_tokens or 1
         ends = torch.tensor(self.lengths, device=device)[:, None]
         positions = ends - tokens + torch.arange(tokens, device=device)
-        return rotary_tables(positions, self.width, theta=100_000.0)
+        return Rotation(self.width, theta=100_000.0).tables(positions)
 
 
 GENETIC_DECODE_CASES = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels import check_cu_seqlens
 from smollm.attention.cache import LayerCache
 from smollm.attention.padding import packing
-from smollm.attention.rope import Rope, rotary_tables, token_positions
+from smollm.attention.rope import Llama3Scaling, Rope, Rotation, token_positions
 
 QKNorm = bool | Literal["rms", "rms-full"]
 Layer = Callable[[Tensor], Tensor]
@@ -20,8 +20,8 @@ Layer = Callable[[Tensor], Tensor]
 class Attention(nn.Module):
     """What every mechanism shares: padding, positions, the output projection, initialisation.
 
-    A mechanism implements `heads`. A SmolLM calls `forward` with rope tables for the whole
-    stack; alone, a module makes its own.
+    A mechanism implements `heads`. A SmolLM calls `forward` with the tables of the module's
+    `rotation`, made once for all layers that share it; alone, a module makes its own.
     """
 
     out_proj: nn.Linear
@@ -37,6 +37,7 @@ class Attention(nn.Module):
         is_causal: bool,
         rope_dim: int | None,
         rope_theta: float,
+        rope_scaling: Llama3Scaling | None,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -51,16 +52,13 @@ class Attention(nn.Module):
             raise TypeError(f"window_size: expected an integer or None, got {window_size!r}")
         if window_size is not None and window_size < 1:
             raise ValueError(f"window_size: expected >= 1 (it counts itself), got {window_size}")
-        rope_dim = head_dim if rope_dim is None else rope_dim
-        if rope_dim % 2:
-            raise ValueError(f"rotary width: expected an even number, got {rope_dim}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = head_dim
+        width = head_dim if rope_dim is None else rope_dim
+        self.rotation = Rotation(width, rope_theta, rope_scaling)
         self.window_size = window_size
         self.is_causal = is_causal
-        self.rope_dim = rope_dim  # 0 for a mechanism that does not rotate
-        self.rope_theta = rope_theta
         self.dropout = dropout_layer(dropout)
 
     def forward(
@@ -77,7 +75,7 @@ class Attention(nn.Module):
         Args:
             x: [B, T, embed_dim].
             attention_mask: [B, T], True at real tokens, padding at the ends. Default none.
-            rope: rotary tables of the tokens' positions. Default: counted from each start.
+            rope: `rotation`'s tables of the tokens' positions. Default: counted from each start.
             cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1.
             cache: this layer's cache; with it x continues the sequences that it holds.
 
@@ -99,7 +97,8 @@ class Attention(nn.Module):
         if rope is None:
             if cache is not None:
                 raise ValueError("rope: expected the tables of the tokens' positions, got None")
-            rope = self.rope(token_positions(x.shape[1], cu_seqlens, device=x.device))
+            positions = token_positions(x.shape[1], cu_seqlens, device=x.device)
+            rope = self.rotation.tables(positions)
         heads = self.heads(x, rope, cu_seqlens, cache)
         return self.dropout(self.out_proj(heads.flatten(-2)))
 
@@ -108,10 +107,6 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Each head's output, [B, T, H, D_V]."""
         raise NotImplementedError
-
-    def rope(self, positions: Tensor) -> Rope:
-        """Rotary tables for positions [...], each [..., rope_dim / 2]."""
-        return rotary_tables(positions, self.rope_dim, self.rope_theta)
 
     def score_and_value_width(self) -> int:
         """Multiply-adds per query-key pair: H (D_QK + D_V)."""

@@ -9,7 +9,7 @@ from kernels import gene_keys, genetic_attention, genetic_decode
 from smollm.attention.base import Attention, Linear, check_divides, split_heads
 from smollm.attention.cache import LayerCache
 from smollm.attention.mechanisms import Environment
-from smollm.attention.rope import Rope
+from smollm.attention.rope import Llama3Scaling, Rope
 
 
 class MultiHeadGeneticAttention(Attention):
@@ -33,6 +33,7 @@ class MultiHeadGeneticAttention(Attention):
         bias: biases on the projections. Default False.
         dropout: on the output. Default 0.
         rope_theta: rotary base. Default 100,000.
+        rope_scaling: of the rotary frequencies. Default none.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class MultiHeadGeneticAttention(Attention):
         bias: bool = False,
         dropout: float = 0.0,
         rope_theta: float = 100_000.0,
+        rope_scaling: Llama3Scaling | None = None,
     ) -> None:
         if window_size is None:
             raise ValueError("window_size: expected an integer >= 1 (the population), got None")
@@ -67,6 +69,7 @@ class MultiHeadGeneticAttention(Attention):
             is_causal=True,
             rope_dim=None if rotary else 0,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
         )
         self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
         check_divides("num_value_heads", self.num_value_heads, "num_heads", num_heads)
@@ -90,10 +93,10 @@ class MultiHeadGeneticAttention(Attention):
         g = split_heads(self.w_g(x), self.num_heads)
         e = None if self.w_e is None else split_heads(self.w_e(x), self.num_heads)
         v = split_heads(self.w_v(x), self.num_value_heads)
-        pressure, rotation = self.log_selection_pressure.exp(), rope if self.rope_dim else None
+        pressure, tables = self.log_selection_pressure.exp(), rope if self.rotation.width else None
         assert self.window_size is not None
         if cache is not None:
-            rings = cache.store(g=g, k=gene_keys(g, rotation), v=v)
+            rings = cache.store(g=g, k=gene_keys(g, tables), v=v)
             if cache.decoding:
                 return genetic_decode(
                     g,
@@ -105,7 +108,7 @@ class MultiHeadGeneticAttention(Attention):
                     cache.lengths,
                     window_size=self.window_size,
                     environment=self.environment,
-                    rope=rotation,
+                    rope=tables,
                 )
         return genetic_attention(
             g,
@@ -114,6 +117,6 @@ class MultiHeadGeneticAttention(Attention):
             pressure,
             window_size=self.window_size,
             environment=self.environment,
-            rope=rotation,
+            rope=tables,
             cu_seqlens=cu_seqlens,
         )

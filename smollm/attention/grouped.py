@@ -16,7 +16,7 @@ from smollm.attention.base import (
     split_heads,
 )
 from smollm.attention.cache import LayerCache
-from smollm.attention.rope import Rope
+from smollm.attention.rope import Llama3Scaling, Rope
 
 
 class GroupedQueryAttention(Attention):
@@ -36,7 +36,9 @@ class GroupedQueryAttention(Attention):
         norm_eps: what these norms add to a variance. Default 1e-5.
         is_causal: see no later token. Default False; inside a SmolLM always True.
         rotary: rotate queries and keys. Default True.
+        rope_dim: how many features of a head are rotated, the first ones. Default all.
         rope_theta: rotary base. Default 100,000.
+        rope_scaling: of the rotary frequencies. Default none.
 
     Source: arXiv 2305.13245.
     """
@@ -56,9 +58,13 @@ class GroupedQueryAttention(Attention):
         head_dim: int | None = None,
         norm_eps: float = 1e-5,
         rotary: bool = True,
+        rope_dim: int | None = None,
         rope_theta: float = 100_000.0,
+        rope_scaling: Llama3Scaling | None = None,
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
+        if not rotary and rope_dim:
+            raise ValueError(f"rope_dim: expected None or 0 with rotary=False, got {rope_dim}")
         super().__init__(
             embed_dim,
             num_heads,
@@ -66,9 +72,14 @@ class GroupedQueryAttention(Attention):
             dropout=dropout,
             window_size=window_size,
             is_causal=is_causal or use_sliding_window,
-            rope_dim=None if rotary else 0,
+            rope_dim=rope_dim if rotary else 0,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
         )
+        if self.rotation.width > self.head_dim:
+            raise ValueError(
+                f"rope_dim: expected at most head_dim={self.head_dim}, got {self.rotation.width}"
+            )
         check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
         self.num_kv_heads = num_kv_heads
         q_dim, kv_dim = (heads * self.head_dim for heads in (num_heads, num_kv_heads))
@@ -93,9 +104,8 @@ class GroupedQueryAttention(Attention):
         if not self.norms_all_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if self.rope_dim:
-            joint = rotate(torch.cat((q, k), dim=2), *rope)
-            q, k = joint.split_with_sizes((self.num_heads, self.num_kv_heads), dim=2)
+        if self.rotation.width:
+            q, k = self._rotated(q, k, rope)
         if cache is not None:
             rings = cache.store(k=k, v=v)
             if cache.decoding:
@@ -104,6 +114,17 @@ class GroupedQueryAttention(Attention):
                 )
         return attention(
             q, k, v, causal=self.is_causal, window_size=self.window_size, cu_seqlens=cu_seqlens
+        )
+
+    def _rotated(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        width, heads = self.rotation.width, (self.num_heads, self.num_kv_heads)
+        joint = rotate(torch.cat((q[..., :width], k[..., :width]), dim=2), *rope)
+        turned_q, turned_k = joint.split_with_sizes(heads, dim=2)
+        if width == self.head_dim:
+            return turned_q, turned_k
+        return (
+            torch.cat((turned_q, q[..., width:]), dim=-1),
+            torch.cat((turned_k, k[..., width:]), dim=-1),
         )
 
 

@@ -15,7 +15,7 @@ from smollm.attention.base import (
     split_heads,
 )
 from smollm.attention.cache import LayerCache
-from smollm.attention.rope import Rope
+from smollm.attention.rope import Llama3Scaling, Rope
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever its config says
 
@@ -43,7 +43,7 @@ class MultiHeadLatentAttention(Attention):
             embed_dim / num_heads.
         value_dim: width of the values. Default head_dim.
         norm_eps: as in `GroupedQueryAttention`; the latents' norms have DeepSeek's 1e-6.
-        rope_theta: rotary base. Default 100,000.
+        rope_theta, rope_scaling: as in `GroupedQueryAttention`.
 
     Source: DeepSeek-V2, arXiv 2405.04434.
     """
@@ -66,6 +66,7 @@ class MultiHeadLatentAttention(Attention):
         value_dim: int | None = None,
         norm_eps: float = 1e-5,
         rope_theta: float = 100_000.0,
+        rope_scaling: Llama3Scaling | None = None,
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
         if latent_dim < 1:
@@ -95,8 +96,10 @@ class MultiHeadLatentAttention(Attention):
             is_causal=is_causal or use_sliding_window,
             rope_dim=rope_dim,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
         )
         self.latent_dim = latent_dim
+        self.rope_dim = rope_dim
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.scale = (self.head_dim + rope_dim) ** -0.5
         q_dim = num_heads * (self.head_dim + rope_dim)

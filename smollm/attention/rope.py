@@ -1,9 +1,86 @@
 """Rotary position tables. They are computed in fp32 from positions, so no cast can touch them."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Slower rotation of what turns rarely, for sequences longer than those of pre-training.
+
+    A frequency f turns L f / 2 pi times in L = original_max_positions tokens. Where that is at most
+    low_freq_factor it becomes f / factor, where it is at least high_freq_factor it stays f, and
+    between the two it is interpolated linearly in the number of turns.
+
+    Source: Llama 3.1, arXiv 2407.21783, and its published code.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"rope_scaling: expected {name} > 0, got {value}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling: expected low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        """The scaled frequencies, in radians per token."""
+        turns = self.original_max_positions / (2 * math.pi) * frequencies
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a layer rotates queries and keys.
+
+    Args:
+        width: even number of rotated features, the first ones; 0 for no rotation.
+        theta: base of the wavelengths.
+        scaling: of the frequencies. Default none.
+    """
+
+    width: int
+    theta: float
+    scaling: Llama3Scaling | None = None
+
+    def __post_init__(self) -> None:
+        if self.width % 2 or self.width < 0:
+            raise ValueError(f"rotary width: expected an even number, got {self.width}")
+        if not 0 < self.theta < math.inf:
+            raise ValueError(f"rope_theta: expected > 0, got {self.theta}")
+
+    def tables(self, positions: Tensor) -> Rope:
+        """cos and sin of position * f_i, f_i = theta ** (-2i / width), scaled, i < width / 2.
+
+        Args:
+            positions: integers [...].
+
+        Returns:
+            (cos, sin), each fp32 [..., width / 2].
+
+        Source: RoFormer, arXiv 2104.09864.
+        """
+        even = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32)
+        with torch.autocast(positions.device.type, enabled=False):
+            frequencies = 1.0 / self.theta ** (even / self.width)
+            if self.scaling is not None:
+                frequencies = self.scaling(frequencies)
+            angles = positions[..., None].float() * frequencies
+            return angles.cos(), angles.sin()
 
 
 def token_positions(
@@ -21,22 +98,3 @@ def token_positions(
     index = torch.arange(tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
     return index - cu_seqlens[sequence]
-
-
-def rotary_tables(positions: Tensor, width: int, theta: float) -> Rope:
-    """cos and sin of position * theta ** (-2i / width), i < width / 2.
-
-    Args:
-        positions: integers [...].
-        width: even number of rotated features.
-        theta: base of the wavelengths.
-
-    Returns:
-        (cos, sin), each fp32 [..., width / 2].
-
-    Source: RoFormer, arXiv 2104.09864.
-    """
-    even = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
-    with torch.autocast(positions.device.type, enabled=False):
-        angles = positions[..., None].float() * (1.0 / theta ** (even / width))
-        return angles.cos(), angles.sin()

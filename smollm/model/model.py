@@ -230,7 +230,7 @@ class SmolLM(Generator):
                 positions = step.position.view(batch, tokens)
 
         x = self.dropout(self.embed_tokens(input_ids))
-        rope = self.attentions[0].rope(positions)
+        rope = self.attentions[0].rotation.tables(positions)
         for index, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rope, cu_seqlens, use_reentrant=False)

@@ -24,7 +24,7 @@ MODULES = {
     "gqa": lambda: GroupedQueryAttention(WIDTH, 6, 2, is_causal=True),
     "gqa-rms": lambda: GroupedQueryAttention(WIDTH, 6, 2, qk_norm="rms", is_causal=True),
     "gqa-settings": lambda: GroupedQueryAttention(
-        WIDTH, 5, 1, qk_norm="rms-full", is_causal=True, head_dim=6
+        WIDTH, 5, 1, qk_norm="rms-full", is_causal=True, head_dim=6, rope_dim=2
     ),
     "gqa-no-rotary": lambda: GroupedQueryAttention(WIDTH, 6, 1, rotary=False, is_causal=True),
     "mla": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, is_causal=True),
@@ -106,7 +106,7 @@ def test_half_types(make):
 def test_rotary_positions_survive_bfloat16_weights():
     """A cast of the whole module must not round positions: 2047 and 2048 stay apart."""
     module = MultiHeadAttention(WIDTH, 6).to(torch.bfloat16)
-    cos, _ = module.rope(torch.tensor([2047, 2048]))
+    cos, _ = module.rotation.tables(torch.tensor([2047, 2048]))
     expected = torch.tensor([2047.0, 2048.0], dtype=torch.float64).cos()
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[:, 0].double(), expected, atol=1e-3, rtol=0)

@@ -14,6 +14,7 @@ from smollm import (
     MultiHeadGeneticAttention,
     MultiHeadLatentAttention,
 )
+from smollm.attention.rope import Llama3Scaling, Rotation
 
 X = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -73,6 +74,67 @@ def test_a_norm_over_all_heads_together():
     torch.testing.assert_close(module(X), merged(module, q, k, v))
 
 
+SCALING = Llama3Scaling(8.0, 1.0, 4.0, 64)
+
+
+def rotated(x, positions, width, theta, scaling=None):
+    """Feature i and i + width / 2 as a complex number that turns; the others as they are."""
+    frequencies = theta ** -(torch.arange(0, width, 2) / width)
+    angles = positions[:, None] * (frequencies if scaling is None else scaling(frequencies))
+    first, second = x[..., :width].chunk(2, dim=-1)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag, x[..., width:]), dim=-1)
+
+
+@pytest.mark.parametrize("scaling", [None, SCALING])
+@pytest.mark.parametrize("width", [0, 2, 4, 6])
+def test_the_first_features_of_a_head_rotate(width, scaling):
+    module = GroupedQueryAttention(
+        WIDTH, 4, 2, bias=False, is_causal=True, head_dim=6,
+        rope_dim=width, rope_theta=100.0, rope_scaling=scaling,
+    ).double()  # fmt: skip
+    q, k, v = (
+        heads_of(X, getattr(module, name).weight, heads)
+        for name, heads in (("q_proj", 4), ("k_proj", 2), ("v_proj", 2))
+    )
+    q, k = (rotated(x, torch.arange(7), width, 100.0, scaling) for x in (q, k))
+    torch.testing.assert_close(module(X), merged(module, q, k, v), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [
+    lambda **given: MultiHeadAttention(WIDTH, 6, **given),
+    lambda **given: MultiHeadLatentAttention(WIDTH, 6, 10, 4, **given),
+    lambda **given: MultiHeadGeneticAttention(WIDTH, 6, 3, **given),
+], ids=["mha", "mla", "mga"])  # fmt: skip
+def test_every_mechanism_takes_a_scaling(make):
+    module = make(rope_theta=7.0, rope_scaling=SCALING)
+    assert module.rotation == Rotation(4, 7.0, SCALING)
+    other = make(rope_theta=7.0)
+    other.load_state_dict(module.state_dict())
+    x = X.float()
+    assert not torch.allclose(module(x), other(x))
+
+
+def test_scaled_frequencies_are_transformers():
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    for theta, *given in ((500_000.0, 8.0, 1.0, 4.0, 8192), (1e4, 32.0, 2.0, 3.0, 256)):
+        names = (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+        parameters = {"rope_type": "llama3", "rope_theta": theta} | dict(
+            zip(names, given, strict=True)
+        )
+        config = LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters=parameters)
+        expected, _ = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        _, sin = Rotation(128, theta, Llama3Scaling(*given)).tables(torch.tensor([1]))
+        torch.testing.assert_close(sin[0], expected.sin(), atol=0, rtol=1e-6)
+
+
 def test_latent_heads_of_any_widths():
     """Each head's rows of the up-projection are its keys' and then its values'."""
     module = MultiHeadLatentAttention(
@@ -98,6 +160,16 @@ def test_genes_of_any_number():
 
 
 REFUSALS = [
+    (lambda: MultiHeadAttention(WIDTH, 6, rope_dim=6),
+     "rope_dim: expected at most head_dim=4, got 6"),
+    (lambda: MultiHeadAttention(WIDTH, 6, rope_dim=3),
+     "rotary width: expected an even number, got 3"),
+    (lambda: MultiHeadAttention(WIDTH, 6, rope_dim=2, rotary=False),
+     "rope_dim: expected None or 0 with rotary=False, got 2"),
+    (lambda: MultiHeadAttention(WIDTH, 6, rope_theta=0.0), "rope_theta: expected > 0, got 0.0"),
+    (lambda: Llama3Scaling(0.0, 1.0, 4.0, 8192), "rope_scaling: expected factor > 0, got 0.0"),
+    (lambda: Llama3Scaling(8.0, 4.0, 4.0, 8192),
+     "rope_scaling: expected low_freq_factor < high_freq_factor, got 4.0 and 4.0"),
     (lambda: MultiHeadLatentAttention(WIDTH, 6, 8, qk_norm="rms-full"),
      "qk_norm: expected False, True or 'rms' with MLA, whose heads share the only key that has a "
      "norm, got 'rms-full'"),
