@@ -7,6 +7,7 @@ from smollm.lazy import exports
 if TYPE_CHECKING:
     from smollm.attention import (
         GroupedQueryAttention,
+        Llama3Scaling,
         MultiHeadAttention,
         MultiHeadGeneticAttention,
         MultiHeadLatentAttention,
@@ -18,6 +19,7 @@ else:
         {
             "attention": (
                 "GroupedQueryAttention",
+                "Llama3Scaling",
                 "MultiHeadAttention",
                 "MultiHeadGeneticAttention",
                 "MultiHeadLatentAttention",
@@ -28,6 +30,7 @@ else:
 
 __all__ = [
     "GroupedQueryAttention",
+    "Llama3Scaling",
     "MultiHeadAttention",
     "MultiHeadGeneticAttention",
     "MultiHeadLatentAttention",

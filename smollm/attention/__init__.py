@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from smollm.attention.genetic import MultiHeadGeneticAttention
     from smollm.attention.grouped import GroupedQueryAttention, MultiHeadAttention
     from smollm.attention.latent import MultiHeadLatentAttention
+    from smollm.attention.rope import Llama3Scaling, Rotation
 else:
     __getattr__, __dir__ = exports(
         __name__,
@@ -19,6 +20,7 @@ else:
             "genetic": ("MultiHeadGeneticAttention",),
             "grouped": ("GroupedQueryAttention", "MultiHeadAttention"),
             "latent": ("MultiHeadLatentAttention",),
+            "rope": ("Llama3Scaling", "Rotation"),
         },
     )
 
@@ -26,10 +28,12 @@ __all__ = [
     "MECHANISMS",
     "Attention",
     "GroupedQueryAttention",
+    "Llama3Scaling",
     "Mechanism",
     "MultiHeadAttention",
     "MultiHeadGeneticAttention",
     "MultiHeadLatentAttention",
     "Options",
+    "Rotation",
     "SharedOptions",
 ]

@@ -1,12 +1,12 @@
 """SmolLM: a Llama-style decoder in which the attention mechanism can be swapped."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import check_cu_seqlens
 from smollm.attention.base import (
     Attention,
     Linear,
@@ -18,15 +18,14 @@ from smollm.attention.cache import Cache
 from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
 from smollm.model.block import Block, SwiGLU
+from smollm.model.checks import check_inputs, check_labels, checked_prototypes
 from smollm.model.config import NormStrategy
 from smollm.model.generate import Generator
 from smollm.model.head import IGNORED, TiedHead, linear_next_token_loss, next_token_loss
 
-INTEGERS = (torch.int32, torch.int64)
-
 
 def create_smollm_with_attention(
-    attention_module: Attention,
+    attention_module: Attention | Sequence[Attention],
     vocab_size: int = 49152,
     embed_dim: int = 576,
     num_layers: int = 30,
@@ -41,8 +40,8 @@ def create_smollm_with_attention(
     """Build a SmolLM around a mechanism; the defaults are SmolLM2-135M's shape.
 
     Args:
-        attention_module: the prototype. Every layer gets its own, freshly initialised copy,
-            made causal; the prototype itself is not used.
+        attention_module: the prototype, or one for each layer. Every layer gets its own, freshly
+            initialised copy, made causal; a prototype itself is not used.
         vocab_size: tokens. Default 49,152.
         embed_dim: model width, which must be the prototype's. Default 576.
         num_layers: blocks. Default 30.
@@ -59,7 +58,8 @@ def create_smollm_with_attention(
         A `SmolLM` in fp32 on the CPU.
 
     Raises:
-        TypeError, ValueError: no such module, widths that disagree, an unknown strategy.
+        TypeError, ValueError: no such module, widths or numbers of layers that disagree, an
+            unknown strategy.
     """
     return SmolLM(
         attention_module,
@@ -87,7 +87,7 @@ class SmolLM(Generator):
 
     def __init__(
         self,
-        attention_module: Attention,
+        attention_module: Attention | Sequence[Attention],
         *,
         vocab_size: int,
         embed_dim: int,
@@ -101,16 +101,6 @@ class SmolLM(Generator):
         norm_eps: float,
     ) -> None:
         super().__init__()
-        if not isinstance(attention_module, Attention):
-            raise TypeError(
-                "attention_module: expected an instance of smollm.attention.Attention, got "
-                f"{attention_module!r}"
-            )
-        if attention_module.embed_dim != embed_dim:
-            raise ValueError(
-                f"attention_module: expected embed_dim={embed_dim}, got "
-                f"{attention_module.embed_dim}"
-            )
         sizes = {
             "vocab_size": vocab_size,
             "num_layers": num_layers,
@@ -121,6 +111,7 @@ class SmolLM(Generator):
             if size < 1:
                 raise ValueError(f"{name}: expected >= 1, got {size}")
         check_norm_eps(norm_eps)
+        prototypes = checked_prototypes(attention_module, num_layers, embed_dim)
         self.embed_dim = embed_dim
         self.vocab_size = vocab_size
         self.max_seq_len = max_seq_len
@@ -131,13 +122,13 @@ class SmolLM(Generator):
         self.dropout = dropout_layer(dropout)
         self.layers = nn.ModuleList(
             Block(
-                copy.deepcopy(attention_module),
+                copy.deepcopy(prototype),
                 SwiGLU(embed_dim, ffn_hidden_dim, use_bias, dropout),
                 embed_dim,
                 norm_strategy,
                 norm_eps,
             )
-            for _ in range(num_layers)
+            for prototype in prototypes
         )
         self.norm = nn.RMSNorm(embed_dim, eps=norm_eps)
         self.lm_head: TiedHead | Linear = (
@@ -187,7 +178,7 @@ class SmolLM(Generator):
             ValueError, TypeError: wrong shapes or ids, more than max_seq_len tokens in a
                 sequence, a mask that is not padding at the ends.
         """
-        self._check_labels(labels, input_ids, with_logits)
+        check_labels(labels, input_ids, with_logits, self.vocab_size)
         hidden, positions = self.encode(
             input_ids, attention_mask, cu_seqlens=cu_seqlens, cache=cache
         )
@@ -214,7 +205,15 @@ class SmolLM(Generator):
 
         Arguments and errors as `forward`. Padding has hidden state 0 and position 0.
         """
-        self._check(input_ids, attention_mask, cu_seqlens, cache)
+        check_inputs(
+            input_ids,
+            attention_mask,
+            cu_seqlens,
+            cache,
+            windows=self.windows,
+            max_seq_len=self.max_seq_len,
+            vocab_size=self.vocab_size,
+        )
         batch, tokens = input_ids.shape
         packed = None if attention_mask is None else packing(attention_mask, batch, tokens)
         if packed is not None:
@@ -230,8 +229,10 @@ class SmolLM(Generator):
                 positions = step.position.view(batch, tokens)
 
         x = self.dropout(self.embed_tokens(input_ids))
-        rope = self.attentions[0].rotation.tables(positions)
+        rotations = [attention.rotation for attention in self.attentions]
+        tables = {rotation: rotation.tables(positions) for rotation in dict.fromkeys(rotations)}
         for index, block in enumerate(self.layers):
+            rope = tables[rotations[index]]
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rope, cu_seqlens, use_reentrant=False)
             else:
@@ -245,13 +246,17 @@ class SmolLM(Generator):
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Cache:
         """An empty cache for batch_size sequences of at most max_tokens tokens each."""
-        windows = [attention.window_size for attention in self.attentions]
-        return Cache(windows, batch_size, max_tokens, self.embed_tokens.weight.device)
+        return Cache(self.windows, batch_size, max_tokens, self.embed_tokens.weight.device)
 
     @property
     def attentions(self) -> list[Attention]:
         """The attention module of each layer."""
         return [block.attention for block in self.layers if isinstance(block, Block)]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window_size of each layer."""
+        return [attention.window_size for attention in self.attentions]
 
     def count_parameters(self) -> int:
         """Trainable parameters; tied weights count once."""
@@ -285,72 +290,6 @@ class SmolLM(Generator):
             for attention in self.attentions
         )
         return 2 * weights + 2 * pairs // seq_len
-
-    def _check_labels(self, labels: Tensor | None, input_ids: Tensor, with_logits: bool) -> None:
-        if labels is None:
-            if not with_logits:
-                raise ValueError("labels: expected the input ids with with_logits=False, got None")
-            return
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels: expected input_ids' shape {list(input_ids.shape)}, "
-                f"got {list(labels.shape)}"
-            )
-        if labels.dtype not in INTEGERS:
-            raise TypeError(f"labels: expected integers, got {labels.dtype}")
-        if _readable(labels) and labels.numel():
-            used = labels[labels != IGNORED]
-            if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < self.vocab_size:
-                raise ValueError(
-                    f"labels: expected {IGNORED} or values from 0 to {self.vocab_size - 1}, got "
-                    f"{int(used.min())} to {int(used.max())}"
-                )
-
-    def _check(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        cache: Cache | None,
-    ) -> None:
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}")
-        if input_ids.dtype not in INTEGERS:
-            raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
-        if cu_seqlens is not None and (attention_mask is not None or cache is not None):
-            raise ValueError("cu_seqlens: expected None beside attention_mask or cache")
-        batch, longest = input_ids.shape
-        check_cu_seqlens(cu_seqlens, batch, longest, input_ids.device)
-        if cache is not None:
-            if cache.windows != [attention.window_size for attention in self.attentions]:
-                raise ValueError(
-                    f"cache: expected one for {len(self.layers)} layers with this model's windows, "
-                    f"got one for windows {cache.windows}"
-                )
-            if len(cache.lengths) != batch:
-                raise ValueError(
-                    f"input_ids: expected the cache's B={len(cache.lengths)} sequences, got {batch}"
-                )
-        readable = _readable(input_ids)
-        if cu_seqlens is not None:
-            longest = int(cu_seqlens.diff().max()) if readable else 0
-        if cache is not None:
-            longest += int(cache.lengths.max()) if readable else 0
-        if longest > self.max_seq_len:
-            raise ValueError(
-                f"input_ids: expected at most max_seq_len={self.max_seq_len} tokens in a "
-                f"sequence, got {longest}"
-            )
-        if readable and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
-            raise ValueError(
-                f"input_ids: expected values from 0 to {self.vocab_size - 1}, got "
-                f"{int(input_ids.min())} to {int(input_ids.max())}"
-            )
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether values can be looked at without a stall or a break in a compiled graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def visible_pairs(tokens: int, window_size: int | None) -> int:

@@ -5,8 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from test_model import VOCAB, build
-from test_modules import MODULES, WIDTH, every_module
+from test_model import VOCAB, build, every_model
+from test_modules import MODULES, WIDTH
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,12 +17,12 @@ from smollm import (
     MultiHeadGeneticAttention,
     MultiHeadLatentAttention,
 )
+from smollm.model import checks as model_checks
 from smollm.model import generate, replay
-from smollm.model import model as smollm_model
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 7])
-@every_module
+@every_model
 def test_cached_logits_equal_uncached_ones(make, prompt):
     """Over more than three windows' length, from prompts shorter and longer than the window."""
     model = build(make()).double().eval()
@@ -34,7 +34,7 @@ def test_cached_logits_equal_uncached_ones(make, prompt):
 
 
 @pytest.mark.parametrize("parts", [(4, 3, 5, 1, 2), (1, 8, 2, 1), (2, 17)])
-@every_module
+@every_model
 def test_a_cache_in_use_takes_any_number_of_tokens(make, parts):
     """Fewer and more than a window's, and more than the ring has rows."""
     model = build(make()).double().eval()
@@ -60,11 +60,11 @@ class HostReads(TorchDispatchMode):
 def unread(monkeypatch):
     """As on a GPU: checks look at no value, and decoding, here the oracle's, at no length."""
     monkeypatch.setattr(checks, "implementation", lambda *_, **__: "eager")
-    for module in (checks, smollm_model):
+    for module in (checks, model_checks):
         monkeypatch.setattr(module, "_readable", lambda x: False)
 
 
-@every_module
+@every_model
 @pytest.mark.usefixtures("unread")
 def test_a_step_of_one_token_waits_for_no_number(make):
     """Past the window too, where a ring begins anew."""
@@ -121,7 +121,7 @@ SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@every_module
+@every_model
 @pytest.mark.usefixtures("unread")
 def test_a_recorded_step_generates_the_same_tokens(make, options, monkeypatch):
     """Past windows, behind prompts of unequal lengths, and where sequences end."""
@@ -164,7 +164,7 @@ def test_a_call_of_a_replay_is_one_step(monkeypatch):
     assert cuda.graph.call_count == 1
 
 
-@every_module
+@every_model
 def test_padded_prompts_of_unequal_lengths_take_more_tokens(make):
     model = build(make()).double().eval()
     ids, more = torch.randint(VOCAB, (2, 7)), torch.randint(VOCAB, (2, 5))
@@ -178,7 +178,7 @@ def test_padded_prompts_of_unequal_lengths_take_more_tokens(make):
         torch.testing.assert_close(logits[row], model(whole)["logits"][0, -5:])
 
 
-@every_module
+@every_model
 def test_left_padded_prompts_continue_like_single_ones(make):
     model = build(make()).double()
     ids = torch.randint(VOCAB, (3, 6))
@@ -328,7 +328,7 @@ def refused(model, cache, ids):
 
 
 @pytest.mark.parametrize("parts", [(5, 1, 1, 1), (5, 3, 4), (2, 9)])
-@every_module
+@every_model
 def test_a_call_that_fails_leaves_the_cache_as_it_was(make, parts):
     """Refused for its batch, its length or its type, or broken off between two layers."""
     model = build(make()).double().eval()

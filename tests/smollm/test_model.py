@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from test_modules import MODULES, WIDTH, every_module
 from torch import nn
 
-from smollm import GroupedQueryAttention, MultiHeadAttention, create_smollm_with_attention
+from smollm import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiHeadGeneticAttention,
+    MultiHeadLatentAttention,
+    create_smollm_with_attention,
+)
+from smollm.attention import Rotation
 from smollm.model.model import visible_pairs
 
 VOCAB = 31
@@ -19,11 +26,24 @@ def build(prototype, **changes):
     shape = {
         "vocab_size": VOCAB,
         "embed_dim": WIDTH,
-        "num_layers": 2,
+        "num_layers": len(prototype) if isinstance(prototype, list) else 2,
         "ffn_hidden_dim": 40,
         "max_seq_len": 64,
     }
     return create_smollm_with_attention(prototype, **(shape | changes))
+
+
+def mixed():
+    """A prototype for each of four layers: windows, rotations and rows in the cache differ."""
+    return [
+        MultiHeadAttention(WIDTH, 6, use_sliding_window=True, window_size=3),
+        MultiHeadLatentAttention(WIDTH, 6, 10, 4),
+        MultiHeadGeneticAttention(WIDTH, 6, 5),
+        GroupedQueryAttention(WIDTH, 6, 2, rotary=False),
+    ]
+
+
+every_model = pytest.mark.parametrize("make", [*MODULES.values(), mixed], ids=[*MODULES, "mixed"])
 
 
 def test_smollm2_has_its_published_size():
@@ -40,7 +60,7 @@ def test_smollm2_has_its_published_size():
 
 
 @pytest.mark.parametrize("norm_strategy", ["pre", "post", "sandwich"])
-@every_module
+@every_model
 def test_no_logit_depends_on_a_later_token(make, norm_strategy):
     model = build(make(), norm_strategy=norm_strategy).double()
     embedded = []
@@ -72,6 +92,46 @@ def test_each_layer_has_its_own_fresh_copy(make):
         assert torch.equal(before, after)
 
 
+def test_each_layer_may_have_a_prototype_of_its_own():
+    prototypes = mixed()
+    model = build(prototypes)
+    for attention, prototype in zip(model.attentions, prototypes, strict=True):
+        assert type(attention) is type(prototype) and attention is not prototype
+        assert attention.window_size == prototype.window_size and attention.is_causal
+        assert attention.rotation == prototype.rotation
+    assert model.new_cache(1, 9).windows == [3, None, 5, None]
+    attention = [sum(p.numel() for p in prototype.parameters()) for prototype in prototypes]
+    assert model.parameters_by_part()["attention"] == sum(attention)
+    # 2 per weight; H (D_QK + D_V) multiply-adds for each visible pair, of 3 + 2 + 1 at first.
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    pairs = 48 * (7 * 3 + 3) + 6 * 12 * 45 + 48 * (5 * 5 + 10) + 48 * 45
+    assert model.flops_per_token(9) == 2 * (weights + VOCAB * WIDTH) + 2 * pairs // 9
+
+
+def test_tables_are_made_once_for_each_rotation(monkeypatch):
+    made, tables = [], Rotation.tables
+    monkeypatch.setattr(Rotation, "tables", lambda *given: made.append(given[0]) or tables(*given))
+    thetas = (10.0, 7.0, 10.0, 7.0)
+    model = build([MultiHeadAttention(WIDTH, 6, rope_theta=theta) for theta in thetas])
+    logits = model(IDS)["logits"]
+    assert [rotation.theta for rotation in made] == [10.0, 7.0]
+    model.layers[2].attention.rotation = Rotation(4, 7.0)
+    assert not torch.equal(model(IDS)["logits"], logits)
+
+
+def test_a_model_of_unlike_layers_compiles_whole_and_may_compute_blocks_again():
+    model = build(mixed())
+    ids = torch.randint(VOCAB, (1, 9))
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(ids)["logits"], model(ids)["logits"])
+    gradients = []
+    for again in (False, True):
+        model.activation_checkpointing = again
+        loss = model(ids, labels=ids)["loss"]
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_initialisation():
     model = build(MultiHeadAttention(576, 9), embed_dim=576, vocab_size=500, ffn_hidden_dim=700)
     for module in model.modules():
@@ -81,7 +141,7 @@ def test_initialisation():
             assert module.bias.eq(0).all()
 
 
-@every_module
+@every_model
 def test_padding_changes_nothing(make):
     model = build(make()).double()
     ids = torch.randint(VOCAB, (3, 8))
@@ -101,7 +161,7 @@ def test_padding_changes_nothing(make):
     assert torch.equal(again["logits"], out["logits"]) and torch.equal(again["loss"], out["loss"])
 
 
-@every_module
+@every_model
 def test_packed_documents_equal_separate_ones(make):
     model = build(make()).double()
     ids = torch.randint(VOCAB, (1, 9))
@@ -224,7 +284,7 @@ def test_biases_only_when_asked():
     assert build(MODULES["mha"]()).layers[0].mlp.up_proj.bias is None
 
 
-@every_module
+@every_model
 def test_a_repeated_batch_is_learnt(make):
     model = build(make())
     ids = torch.randint(VOCAB, (2, 8))
@@ -262,7 +322,13 @@ REFUSALS = [
     (lambda m: m(IDS, IDS + 1, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)), ValueError,
      "cu_seqlens: expected None beside attention_mask or cache"),
     (lambda m: build(nn.Linear(WIDTH, WIDTH)), TypeError,
-     "attention_module: expected an instance of smollm.attention.Attention"),
+     "attention_module: expected an instance of smollm.attention.Attention, or a sequence of them"),
+    (lambda m: build([MultiHeadAttention(WIDTH, 6), "mla"]), TypeError,
+     "attention_module: expected an instance of smollm.attention.Attention, or a sequence of them"),
+    (lambda m: build(mixed(), num_layers=3), ValueError,
+     "attention_module: expected one, or num_layers=3 of them, got 4"),
+    (lambda m: build([MultiHeadAttention(WIDTH, 6), MultiHeadAttention(48, 6)]), ValueError,
+     "attention_module: expected embed_dim=24, got 48"),
     (lambda m: build(MultiHeadAttention(WIDTH, 6), embed_dim=48), ValueError,
      "attention_module: expected embed_dim=48, got 24"),
     (lambda m: build(MultiHeadAttention(WIDTH, 6), norm_strategy="peri"), ValueError,
