@@ -14,6 +14,7 @@ from smollm.attention.padding import packing
 from smollm.attention.rope import Llama3Scaling, Rope, Rotation, token_positions
 
 QKNorm = bool | Literal["rms", "rms-full"]
+Bias = bool | Literal["qkv"]
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -196,6 +197,13 @@ def checked_window(use_sliding_window: bool, window_size: int | None) -> int | N
             f"window_size: expected None without use_sliding_window, got {window_size}"
         )
     return window_size
+
+
+def checked_bias(bias: Bias) -> tuple[bool, bool]:
+    """Whether the projections to heads have biases, and whether the output projection has."""
+    if bias not in (False, True, "qkv"):
+        raise ValueError(f"bias: expected False, True or 'qkv', got {bias!r}")
+    return bool(bias), bias is True
 
 
 def check_divides(name: str, part: int, whole_name: str, whole: int) -> None:

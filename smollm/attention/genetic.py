@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import gene_keys, genetic_attention, genetic_decode
-from smollm.attention.base import Attention, Linear, check_divides, split_heads
+from smollm.attention.base import Attention, Bias, Linear, check_divides, checked_bias, split_heads
 from smollm.attention.cache import LayerCache
 from smollm.attention.mechanisms import Environment
 from smollm.attention.rope import Llama3Scaling, Rope
@@ -30,7 +30,7 @@ class MultiHeadGeneticAttention(Attention):
         head_dim: width of a head. Default d_model / num_heads.
         rotary: rotate genes and fitness. Default True.
         selection_pressure: initial kappa of every head, learned. Default 4.
-        bias: biases on the projections. Default False.
+        bias: biases on the projections, "qkv" for all but the output's. Default False.
         dropout: on the output. Default 0.
         rope_theta: rotary base. Default 100,000.
         rope_scaling: of the rotary frequencies. Default none.
@@ -47,7 +47,7 @@ class MultiHeadGeneticAttention(Attention):
         environment: Environment = "query",
         rotary: bool = True,
         selection_pressure: float = 4.0,
-        bias: bool = False,
+        bias: Bias = False,
         dropout: float = 0.0,
         rope_theta: float = 100_000.0,
         rope_scaling: Llama3Scaling | None = None,
@@ -75,11 +75,12 @@ class MultiHeadGeneticAttention(Attention):
         check_divides("num_value_heads", self.num_value_heads, "num_heads", num_heads)
         self.environment = environment
         self._initial_pressure = selection_pressure
+        bias, out_bias = checked_bias(bias)
         width = num_heads * self.head_dim
         self.w_g = Linear(d_model, width, bias=bias)
         self.w_e = Linear(d_model, width, bias=bias) if environment == "query" else None
         self.w_v = Linear(d_model, self.num_value_heads * self.head_dim, bias=bias)
-        self.out_proj = Linear(width, d_model, bias=bias)
+        self.out_proj = Linear(width, d_model, bias=out_bias)
         self.log_selection_pressure = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 

@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import attention, attention_decode, rotate
 from smollm.attention.base import (
     Attention,
+    Bias,
     Linear,
     QKNorm,
     check_divides,
+    checked_bias,
     checked_window,
     head_norm,
     split_heads,
@@ -27,7 +29,7 @@ class GroupedQueryAttention(Attention):
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads.
         dropout: on the output. Default 0.
-        bias: biases on the projections. Default True.
+        bias: biases on the projections; "qkv" for all but the output's (Qwen 2). Default True.
         use_sliding_window, window_size: see only the latest window_size tokens, itself included;
             implies causality.
         qk_norm: True for LayerNorm over the head width before rotation, "rms" for RMSNorm,
@@ -39,8 +41,10 @@ class GroupedQueryAttention(Attention):
         rope_dim: how many features of a head are rotated, the first ones. Default all.
         rope_theta: rotary base. Default 100,000.
         rope_scaling: of the rotary frequencies. Default none.
+        sinks: a learned logit per head, 0 at first, that joins the softmax and carries no value.
+            Default False.
 
-    Source: arXiv 2305.13245.
+    Source: arXiv 2305.13245; sinks, arXiv 2309.17453.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class GroupedQueryAttention(Attention):
         num_heads: int,
         num_kv_heads: int,
         dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
         use_sliding_window: bool = False,
         window_size: int | None = None,
         qk_norm: QKNorm = False,
@@ -61,6 +65,7 @@ class GroupedQueryAttention(Attention):
         rope_dim: int | None = None,
         rope_theta: float = 100_000.0,
         rope_scaling: Llama3Scaling | None = None,
+        sinks: bool = False,
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
         if not rotary and rope_dim:
@@ -83,15 +88,22 @@ class GroupedQueryAttention(Attention):
         check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
         self.num_kv_heads = num_kv_heads
         q_dim, kv_dim = (heads * self.head_dim for heads in (num_heads, num_kv_heads))
+        bias, out_bias = checked_bias(bias)
         self.q_proj = Linear(embed_dim, q_dim, bias=bias)
         self.k_proj = Linear(embed_dim, kv_dim, bias=bias)
         self.v_proj = Linear(embed_dim, kv_dim, bias=bias)
-        self.out_proj = Linear(q_dim, embed_dim, bias=bias)
+        self.out_proj = Linear(q_dim, embed_dim, bias=out_bias)
+        self.sinks = nn.Parameter(torch.empty(num_heads)) if sinks else None
         self.norms_all_heads = qk_norm == "rms-full"
         q_width, k_width = (q_dim, kv_dim) if self.norms_all_heads else (self.head_dim,) * 2
         self.q_norm = head_norm(qk_norm, q_width, norm_eps)
         self.k_norm = head_norm(qk_norm, k_width, norm_eps)
         self.reset_parameters()
+
+    def reset_constants(self) -> None:
+        """Sinks start at 0, as a key that every query meets with that score."""
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def heads(  # noqa: D102
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
@@ -110,10 +122,21 @@ class GroupedQueryAttention(Attention):
             rings = cache.store(k=k, v=v)
             if cache.decoding:
                 return attention_decode(
-                    q, rings["k"], rings["v"], cache.lengths, window_size=self.window_size
+                    q,
+                    rings["k"],
+                    rings["v"],
+                    cache.lengths,
+                    window_size=self.window_size,
+                    sinks=self.sinks,
                 )
         return attention(
-            q, k, v, causal=self.is_causal, window_size=self.window_size, cu_seqlens=cu_seqlens
+            q,
+            k,
+            v,
+            causal=self.is_causal,
+            window_size=self.window_size,
+            cu_seqlens=cu_seqlens,
+            sinks=self.sinks,
         )
 
     def _rotated(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from kernels import latent_attention, latent_decode, rotate
 from smollm.attention.base import (
     Attention,
+    Bias,
     Linear,
     QKNorm,
+    checked_bias,
     checked_window,
     head_norm,
     split_heads,
@@ -34,7 +36,8 @@ class MultiHeadLatentAttention(Attention):
             Default 32.
         q_latent_dim: width of a second latent, normalised as the first, that the queries are
             expanded from. Default none: queries are projected from x.
-        bias: biases on the projections; up-projections never have one. Default True.
+        bias: biases on the projections, "qkv" for all but the output's; up-projections never have
+            one. Default True.
         qk_norm: as in `GroupedQueryAttention`, on the queries and on the shared rotary key.
             The keys expanded from the latent stay linear in it, which absorption needs, so
             rope_dim must not be 0, and no norm joins the heads as "rms-full" does; latents have an
@@ -56,7 +59,7 @@ class MultiHeadLatentAttention(Attention):
         rope_dim: int = 32,
         q_latent_dim: int | None = None,
         dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
         use_sliding_window: bool = False,
         window_size: int | None = None,
         qk_norm: QKNorm = False,
@@ -102,6 +105,7 @@ class MultiHeadLatentAttention(Attention):
         self.rope_dim = rope_dim
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.scale = (self.head_dim + rope_dim) ** -0.5
+        bias, out_bias = checked_bias(bias)
         q_dim = num_heads * (self.head_dim + rope_dim)
         self.q_proj: nn.Module = Linear(embed_dim, q_dim, bias=bias)
         if q_latent_dim is not None:
@@ -116,7 +120,7 @@ class MultiHeadLatentAttention(Attention):
         self.latent_norm = nn.RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
         kv_dim = num_heads * (self.head_dim + self.value_dim)
         self.kv_up_proj = Linear(latent_dim, kv_dim, bias=False)
-        self.out_proj = Linear(num_heads * self.value_dim, embed_dim, bias=bias)
+        self.out_proj = Linear(num_heads * self.value_dim, embed_dim, bias=out_bias)
         self.q_nope_norm = head_norm(qk_norm, self.head_dim, norm_eps)
         self.q_rope_norm = head_norm(qk_norm, rope_dim, norm_eps)
         self.k_rope_norm = head_norm(qk_norm, rope_dim, norm_eps)

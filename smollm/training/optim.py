@@ -38,7 +38,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 class Optimizers:
     """AdamW, or Muon for the blocks' matrices beside AdamW for the rest, used as one.
 
-    Weight decay is on projections alone, not on embeddings, norms, biases, pressures. Muon
+    Weight decay is on projections alone, not on embeddings, norms, biases, sinks, pressures. Muon
     (Jordan et al., 2024) orthogonalises each update and scales it to the size of AdamW's
     (Liu et al., 2025), so that both take one learning rate.
     """

@@ -24,7 +24,15 @@ MODULES = {
     "gqa": lambda: GroupedQueryAttention(WIDTH, 6, 2, is_causal=True),
     "gqa-rms": lambda: GroupedQueryAttention(WIDTH, 6, 2, qk_norm="rms", is_causal=True),
     "gqa-settings": lambda: GroupedQueryAttention(
-        WIDTH, 5, 1, qk_norm="rms-full", is_causal=True, head_dim=6, rope_dim=2
+        WIDTH,
+        5,
+        1,
+        bias="qkv",
+        qk_norm="rms-full",
+        is_causal=True,
+        head_dim=6,
+        rope_dim=2,
+        sinks=True,
     ),
     "gqa-no-rotary": lambda: GroupedQueryAttention(WIDTH, 6, 1, rotary=False, is_causal=True),
     "mla": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, is_causal=True),

@@ -15,6 +15,8 @@ from smollm import (
     MultiHeadLatentAttention,
 )
 from smollm.attention.rope import Llama3Scaling, Rotation
+from smollm.training.config import TrainConfig
+from smollm.training.optim import Optimizers
 
 X = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -135,6 +137,54 @@ def test_scaled_frequencies_are_transformers():
         torch.testing.assert_close(sin[0], expected.sin(), atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sink_is_a_key_of_a_learned_score_without_a_value(window):
+    module = MultiHeadAttention(
+        WIDTH, 6, 0.0, False, window is not None, window, is_causal=True, rotary=False, sinks=True
+    ).double()
+    assert module.sinks.eq(0).all() and module.sinks.shape == (6,)
+    torch.nn.init.normal_(module.sinks)
+    q, k, v = (heads_of(X, getattr(module, f"{name}_proj").weight, 6) for name in "qkv")
+    ages = torch.arange(7)[:, None] - torch.arange(7)
+    hidden = (ages < 0) | (ages >= (window or 7))
+    scores = (q @ k.mT / 2).masked_fill(hidden, -torch.inf)
+    sinks = module.sinks[:, None, None].expand(2, 6, 7, 1)
+    o = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1] @ v
+    expected = o.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T
+    torch.testing.assert_close(module(X), expected)
+    given, wanted = (
+        torch.autograd.grad(x.square().sum(), module.sinks) for x in (module(X), expected)
+    )
+    torch.testing.assert_close(given, wanted)
+
+
+def test_sinks_are_parameters_of_attention_without_weight_decay():
+    plain, model = (build(MultiHeadAttention(WIDTH, 6, sinks=sinks)) for sinks in (False, True))
+    parts = model.parameters_by_part()
+    assert parts["attention"] == plain.parameters_by_part()["attention"] + 2 * 6
+    torch.nn.init.normal_(model.layers[0].attention.sinks)
+    model.reset_parameters(seed=1)
+    assert model.layers[0].attention.sinks.eq(0).all()
+    decayed, others = Optimizers(model, TrainConfig()).param_groups
+    for block in model.layers:
+        assert any(block.attention.sinks is p for p in others["params"])
+    assert others["weight_decay"] == 0 < decayed["weight_decay"]
+
+
+@pytest.mark.parametrize(("bias", "inner", "outer"), [
+    (False, False, False), (True, True, True), ("qkv", True, False),
+])  # fmt: skip
+def test_which_projections_have_biases(bias, inner, outer):
+    for module in (
+        GroupedQueryAttention(WIDTH, 6, 2, bias=bias),
+        MultiHeadLatentAttention(WIDTH, 6, 10, 4, 14, bias=bias),
+        MultiHeadGeneticAttention(WIDTH, 6, 3, bias=bias),
+    ):
+        for name, part in module.named_modules():
+            if isinstance(part, torch.nn.Linear) and "up_proj" not in name:
+                assert (part.bias is not None) is (outer if name == "out_proj" else inner), name
+
+
 def test_latent_heads_of_any_widths():
     """Each head's rows of the up-projection are its keys' and then its values'."""
     module = MultiHeadLatentAttention(
@@ -160,6 +210,8 @@ def test_genes_of_any_number():
 
 
 REFUSALS = [
+    (lambda: MultiHeadAttention(WIDTH, 6, bias="out"),
+     "bias: expected False, True or 'qkv', got 'out'"),
     (lambda: MultiHeadAttention(WIDTH, 6, rope_dim=6),
      "rope_dim: expected at most head_dim=4, got 6"),
     (lambda: MultiHeadAttention(WIDTH, 6, rope_dim=3),
