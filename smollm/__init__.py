@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import smollm.clash  # noqa: F401  whose `kernels` is it?
 from smollm.lazy import exports
 
 if TYPE_CHECKING:

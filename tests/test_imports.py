@@ -10,7 +10,9 @@ import pytest
 import kernels
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("studies", "training", "model", "data", "attention", "files", "lazy")  # from the top
+ROOMS = (  # the top floor first
+    "studies", "training", "hf", "model", "data", "attention", "files", "lazy", "clash",
+)  # fmt: skip
 HUGGING_FACE_SUBMODULES = {
     "layer", "utils", "benchmark", "compat", "deps", "install", "load", "status", "validate",
     "verify", "backends",

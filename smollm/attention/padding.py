@@ -60,11 +60,16 @@ def packing(attention_mask: Tensor, batch: int, tokens: int) -> Packing | None:
         return None
     if not bool(real.any()):
         raise ValueError(f"{name}: expected a real token, got padding only")
-    rises = real[:, 1:] & ~real[:, :-1]
-    runs = rises.sum(dim=1) + real[:, 0].int()
-    if bool((runs > 1).any()):
-        row = int((runs > 1).nonzero()[0])
+    gaps = has_gap(real)
+    if bool(gaps.any()):
+        row = int(gaps.nonzero()[0])
         raise ValueError(f"{name}: expected padding at the ends only, got a gap inside row {row}")
     lengths = real.sum(dim=1, dtype=torch.int32)
     cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)))
     return Packing(real.flatten().nonzero()[:, 0], cu_seqlens, batch, tokens)
+
+
+def has_gap(real: Tensor) -> Tensor:
+    """Which rows of real [B, T] have padding between real tokens, [B]."""
+    rises = real[:, 1:] & ~real[:, :-1]
+    return rises.sum(dim=1) + real[:, 0].int() > 1
