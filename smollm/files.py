@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,23 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which is moved to path once the block ends, and removed if it fails.
+
+    Raises:
+        OSError: path holds something.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield staged
+        staged.chmod(0o777 & ~_umask())
+        staged.replace(path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,17 +1,21 @@
-"""Hugging Face: this project's attention under its models. Nothing here imports transformers."""
+"""Hugging Face: its checkpoints as our models, and our attention under its models.
 
-from typing import Any
+transformers is imported when it is used, not before.
+"""
+
+from typing import TYPE_CHECKING
 
 from smollm.clash import check_distribution
+from smollm.lazy import exports
 
-__all__ = ["register"]
+if TYPE_CHECKING:
+    from smollm.hf.attention import register
+    from smollm.hf.weights import from_hf, save_hf
+else:
+    __getattr__, __dir__ = exports(
+        __name__, {"attention": ("register",), "weights": ("from_hf", "save_hf")}
+    )
+
+__all__ = ["from_hf", "register", "save_hf"]
 
 check_distribution()
-
-
-def __getattr__(name: str) -> Any:
-    if name == "register":
-        from smollm.hf.attention import register
-
-        return register
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import attention, attention_decode
-from smollm.clash import check_distribution
+from smollm.hf.library import load_transformers
 from smollm.hf.masks import Layout, layout
 
 Impl = Literal["auto", "eager", "sdpa", "triton"]
@@ -61,18 +61,13 @@ def register(name: str = "smollm", impl: Impl = "auto") -> None:
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
     if not name.isidentifier() or "flash" in name:
         raise ValueError(f"name: expected an identifier without 'flash' in it, got {name!r}")
-    check_distribution()
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            'transformers: expected it to be installed (pip install -e ".[hf]"), got none'
-        ) from error
+    transformers = load_transformers()
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     if ALL_MASK_ATTENTION_FUNCTIONS.get(name, layout) is not layout:
         raise ValueError(f"name: expected one that transformers has not got, got {name!r}")
-    AttentionInterface.register(name, partial(attend, impl=impl))
-    AttentionMaskInterface.register(name, layout)
+    transformers.AttentionInterface.register(name, partial(attend, impl=impl))
+    transformers.AttentionMaskInterface.register(name, layout)
 
 
 def attend(
