@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from smollm.attention.mechanisms import MECHANISMS, Mechanism
 from smollm.attention.options import Options, SharedOptions
+from smollm.attention.scaling import Llama3Scaling
 from smollm.lazy import exports
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from smollm.attention.genetic import MultiHeadGeneticAttention
     from smollm.attention.grouped import GroupedQueryAttention, MultiHeadAttention
     from smollm.attention.latent import MultiHeadLatentAttention
-    from smollm.attention.rope import Llama3Scaling, Rotation
+    from smollm.attention.rope import Rotation
 else:
     __getattr__, __dir__ = exports(
         __name__,
@@ -20,7 +21,7 @@ else:
             "genetic": ("MultiHeadGeneticAttention",),
             "grouped": ("GroupedQueryAttention", "MultiHeadAttention"),
             "latent": ("MultiHeadLatentAttention",),
-            "rope": ("Llama3Scaling", "Rotation"),
+            "rope": ("Rotation",),
         },
     )
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from kernels import check_cu_seqlens
 from smollm.attention.cache import LayerCache
 from smollm.attention.padding import packing
-from smollm.attention.rope import Llama3Scaling, Rope, Rotation, token_positions
+from smollm.attention.rope import Rope, Rotation, token_positions
+from smollm.attention.scaling import Llama3Scaling
 
 QKNorm = bool | Literal["rms", "rms-full"]
 Bias = bool | Literal["qkv"]

@@ -9,7 +9,8 @@ from kernels import gene_keys, genetic_attention, genetic_decode
 from smollm.attention.base import Attention, Bias, Linear, check_divides, checked_bias, split_heads
 from smollm.attention.cache import LayerCache
 from smollm.attention.mechanisms import Environment
-from smollm.attention.rope import Llama3Scaling, Rope
+from smollm.attention.rope import Rope
+from smollm.attention.scaling import Llama3Scaling
 
 
 class MultiHeadGeneticAttention(Attention):

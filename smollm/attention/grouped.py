@@ -18,7 +18,8 @@ from smollm.attention.base import (
     split_heads,
 )
 from smollm.attention.cache import LayerCache
-from smollm.attention.rope import Llama3Scaling, Rope
+from smollm.attention.rope import Rope
+from smollm.attention.scaling import Llama3Scaling
 
 
 class GroupedQueryAttention(Attention):

@@ -17,7 +17,8 @@ from smollm.attention.base import (
     split_heads,
 )
 from smollm.attention.cache import LayerCache
-from smollm.attention.rope import Llama3Scaling, Rope
+from smollm.attention.rope import Rope
+from smollm.attention.scaling import Llama3Scaling
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever its config says
 

@@ -13,7 +13,19 @@ Environment = Literal["query", "kin", "none"]
 
 
 @dataclass(frozen=True)
-class GroupedQueryOptions(Options):
+class MultiHeadOptions(Options):
+    """MHA's, which has none of its own."""
+
+    def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102
+        rope_dim = None
+        if shared.rotary_fraction != 1:
+            width = shared.head_dim or shared.embed_dim // shared.num_heads
+            rope_dim = int(width * shared.rotary_fraction)
+        return super().arguments(shared) | {"rope_dim": rope_dim, "sinks": shared.sinks}
+
+
+@dataclass(frozen=True)
+class GroupedQueryOptions(MultiHeadOptions):
     """GQA's own options."""
 
     num_kv_heads: Annotated[int, Range(1, WIDEST)] = 3
@@ -30,6 +42,13 @@ class LatentOptions(Options):
     """MLA: width of the rotary part; 0 for none."""
     q_latent_dim: Annotated[int | None, Range(1, WIDEST)] = None
     """MLA: width of a latent that queries are expanded from; none by default."""
+    value_dim: Annotated[int | None, Range(1, WIDEST)] = None
+    """MLA: width of a head's values; that of its keys without rotation by default."""
+
+    def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102
+        shared.refuse_sinks("mla")
+        given = super().arguments(shared)
+        return given if shared.rotates else given | {"rope_dim": 0}
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,7 @@ class GeneticOptions(Options):
                 "qk_norm: expected 'none' with mga, whose genes have no such norm, got "
                 f"{shared.qk_norm!r}; choose the others with --variants"
             )
+        shared.refuse_sinks("mga")
         return {
             "d_model": shared.embed_dim,
             "num_heads": shared.num_heads,
@@ -58,8 +78,11 @@ class GeneticOptions(Options):
             "num_value_heads": self.num_value_heads,
             "environment": self.environment,
             "selection_pressure": self.selection_pressure,
+            "head_dim": shared.head_dim,
+            "rotary": shared.rotates,
             "rope_theta": shared.rope_theta,
-            "bias": shared.bias,
+            "rope_scaling": shared.scaling,
+            "bias": shared.biases,
             "dropout": shared.dropout,
         }
 
@@ -80,19 +103,11 @@ class Mechanism:
         found: type[Attention] = resolve_name(f"{__package__}.{self.path}")
         return found
 
-    def build(self, shared: SharedOptions, options: Options) -> "Attention":
-        """A prototype of the module.
-
-        Raises:
-            ValueError: the options do not fit together.
-        """
-        return self.module(**options.arguments(shared))
-
 
 MECHANISMS = {
     row.name: row
     for row in (
-        Mechanism("mha", "MHA", "#4269d0", Options, "grouped:MultiHeadAttention"),
+        Mechanism("mha", "MHA", "#4269d0", MultiHeadOptions, "grouped:MultiHeadAttention"),
         Mechanism("gqa", "GQA", "#efb118", GroupedQueryOptions, "grouped:GroupedQueryAttention"),
         Mechanism("mla", "MLA", "#ff725c", LatentOptions, "latent:MultiHeadLatentAttention"),
         Mechanism("mga", "MGA", "#3ca951", GeneticOptions, "genetic:MultiHeadGeneticAttention"),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
+from smollm.attention.scaling import Llama3Scaling
+
 INF = float("inf")
 LARGEST = 10**9  # below the kernels' bound on positions and windows, 2**30
 WIDEST = 10**6  # a weight of WIDEST x WIDEST can be described, if not allocated
@@ -43,14 +45,63 @@ class SharedOptions:
     window_size: Annotated[int | None, Range(1, LARGEST)] = None
     """Tokens in the sliding window of a mechanism that has none of its own; full attention by
     default."""
-    qk_norm: Literal["none", "layer", "rms"] = "none"
-    """Normalise the queries and keys of a mechanism that has them, per head ("layer" or "rms")."""
+    head_dim: Annotated[int | None, Range(1, WIDEST)] = None
+    """Width of a head; embed_dim / num_heads by default. MLA: of its part without rotation."""
+    qk_norm: Literal["none", "layer", "rms", "rms-full"] = "none"
+    """Normalise the queries and keys of a mechanism that has them, per head ("layer" or "rms") or
+    all heads together ("rms-full")."""
+    norm_eps: Annotated[float, Range(1e-30, 1)] = 1e-5
+    """What every norm adds to a mean square or variance; those of MLA's latents add 1e-6."""
     rope_theta: Annotated[float, Range(1, 1e30)] = 100_000.0
     """Base of the rotary embedding."""
+    rope_scaling: Annotated[tuple[float, float, float, float] | None, Range(0, INF, "()")] = None
+    """Llama 3.1's scaling of rotary frequencies: factor, low_freq_factor, high_freq_factor and the
+    positions of pre-training; none by default."""
+    rotary_fraction: Annotated[float, Range(0, 1)] = 1.0
+    """Part of a head's features that rotate, the first ones; MLA's rope_dim and MGA's genes rotate
+    as a whole (1) or not at all (0)."""
+    sinks: bool = False
+    """A learned logit per head that joins the softmax, in MHA and GQA."""
     bias: bool = False
     """Biases in attention and MLP."""
+    attention_bias: Literal["auto", "none", "qkv", "all"] = "auto"
+    """Which projections of attention have biases; "auto": as bias says, "qkv": all but the
+    output's."""
     dropout: Annotated[float, Range(0, 1, "[)")] = 0.0
     """Dropout on embeddings and branch outputs."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether what a mechanism rotates as a whole rotates.
+
+        Raises:
+            ValueError: a part of it would.
+        """
+        if self.rotary_fraction not in (0, 1):
+            raise ValueError(
+                "rotary_fraction: expected 0 or 1 with mla and mga, which rotate as a whole, got "
+                f"{self.rotary_fraction}; choose the others with --variants"
+            )
+        return self.rotary_fraction == 1
+
+    @property
+    def scaling(self) -> Llama3Scaling | None:
+        """rope_scaling as modules take it."""
+        return None if self.rope_scaling is None else Llama3Scaling(*self.rope_scaling)
+
+    @property
+    def biases(self) -> bool | Literal["qkv"]:
+        """The attention's, as modules take them."""
+        named: dict[str, bool | Literal["qkv"]] = {"none": False, "qkv": "qkv", "all": True}
+        return named.get(self.attention_bias, self.bias)
+
+    def refuse_sinks(self, mechanism: str) -> None:
+        """For a mechanism without them."""
+        if self.sinks:
+            raise ValueError(
+                f"sinks: expected False with {mechanism}, whose attention takes none, got True; "
+                "choose the others with --variants"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,9 +122,12 @@ class Options:
             "num_heads": shared.num_heads,
             "use_sliding_window": shared.window_size is not None,
             "window_size": shared.window_size,
-            "qk_norm": {"none": False, "layer": True, "rms": "rms"}[shared.qk_norm],
+            "head_dim": shared.head_dim,
+            "qk_norm": {"none": False, "layer": True}.get(shared.qk_norm, shared.qk_norm),
+            "norm_eps": shared.norm_eps,
             "rope_theta": shared.rope_theta,
-            "bias": shared.bias,
+            "rope_scaling": shared.scaling,
+            "bias": shared.biases,
             "dropout": shared.dropout,
             "is_causal": True,
             **vars(self),

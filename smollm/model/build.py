@@ -1,6 +1,5 @@
 """The model that a shape describes."""
 
-from smollm.attention import MECHANISMS
 from smollm.model.config import ModelConfig
 from smollm.model.model import SmolLM, create_smollm_with_attention
 
@@ -8,13 +7,18 @@ from smollm.model.model import SmolLM, create_smollm_with_attention
 def build_model(mechanism: str, config: ModelConfig, vocab_size: int) -> SmolLM:
     """A freshly initialised SmolLM with the mechanism.
 
+    Args:
+        mechanism: its name, or several joined by "+", such as "mha+mha+mga", which the layers have
+            in turn.
+        config: the shape.
+        vocab_size: tokens.
+
     Raises:
         ValueError: no such mechanism, or fields that do not fit together.
     """
-    if mechanism not in MECHANISMS:
-        raise ValueError(f"mechanism: expected one of {list(MECHANISMS)}, got {mechanism!r}")
+    modules = [row.module(**arguments) for row, arguments in config.layers(mechanism)]
     return create_smollm_with_attention(
-        MECHANISMS[mechanism].build(config, config.mechanisms[mechanism]),
+        [modules[index % len(modules)] for index in range(config.num_layers)],
         vocab_size=vocab_size,
         embed_dim=config.embed_dim,
         num_layers=config.num_layers,
@@ -24,4 +28,5 @@ def build_model(mechanism: str, config: ModelConfig, vocab_size: int) -> SmolLM:
         use_bias=config.bias,
         tie_embeddings=config.tie_embeddings,
         norm_strategy=config.norm_strategy,
+        norm_eps=config.norm_eps,
     )

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import tyro
 
-from smollm.attention import MECHANISMS
+from smollm.attention import MECHANISMS, SharedOptions
 from smollm.files import write_atomically
 from smollm.model.config import ModelConfig
 from smollm.training.checks import check_config, check_ranges
@@ -30,6 +30,9 @@ OF_ALL_RUNS = {
     "data_dir",
     "device",
 }  # --seeds varies the first, nothing the others
+OF_ATTENTION = {"window_pattern", "nope_every"} | {
+    field.name for field in fields(SharedOptions)
+} - {"embed_dim", "norm_eps", "bias", "dropout"}  # what reaches the arguments of a module alone
 FIELDS = (TRAIN_FIELDS | set(ModelConfig().flags)) - OF_ALL_RUNS
 
 
@@ -270,11 +273,11 @@ def _varied(
     def described(name: str, value: str) -> tuple[Any, ...]:
         changed = _changed(config, overrides | {name: value})
         model = changed.model
-        arguments = model.mechanisms[mechanism].arguments(model)
+        arguments = model.layers(mechanism)
         shape = {field.name: getattr(model, field.name) for field in fields(model)}
         del shape["mechanisms"]
-        for shared in ("window_size", "qk_norm"):  # they reach a mechanism as arguments alone
-            del shape[shared]
+        for name in OF_ATTENTION:
+            del shape[name]
         return arguments, shape, changed.train
 
     found = set()

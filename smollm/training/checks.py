@@ -63,7 +63,7 @@ def check_ranges(config: Config) -> None:
         for name, allowed in ranges(type(options)).items():
             given = getattr(options, name)
             for value in given if isinstance(given, tuple) else (given,):
-                if value is not None and not allowed.holds(value):
+                if isinstance(value, int | float) and not allowed.holds(value):
                     raise ValueError(f"{name}: expected in {allowed}, got {value}")
 
 
@@ -74,7 +74,7 @@ def _check_with_torch(config: Config, vocab_size: int) -> None:
 
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
-    shape = replace(config.model, num_layers=1)
     with torch.device("meta"):
         for mechanism in config.mechanisms:
-            build_model(mechanism, shape, vocab_size)
+            layers = len(config.model.layers(mechanism))
+            build_model(mechanism, replace(config.model, num_layers=layers), vocab_size)

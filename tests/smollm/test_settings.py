@@ -14,7 +14,7 @@ from smollm import (
     MultiHeadGeneticAttention,
     MultiHeadLatentAttention,
 )
-from smollm.attention.rope import Llama3Scaling, Rotation
+from smollm.attention import Llama3Scaling, Rotation
 from smollm.training.config import TrainConfig
 from smollm.training.optim import Optimizers
 
