@@ -11,7 +11,8 @@ from smollm.attention import (
     MultiHeadAttention,
     MultiHeadLatentAttention,
 )
-from smollm.attention.rope import Llama3Scaling, Rotation
+from smollm.attention.rope import Rotation
+from smollm.attention.scaling import Llama3Scaling
 from smollm.model import SmolLM, create_smollm_with_attention
 from smollm.model.block import Block
 from smollm.model.config import NormStrategy

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from smollm.attention.rope import Llama3Scaling
+from smollm.attention.scaling import Llama3Scaling
 from smollm.hf.facts import Facts, refusal
 from smollm.model.config import NormStrategy
 

@@ -62,7 +62,8 @@ class TrainConfig:
     eps: Annotated[float, Range(1e-30, 1e30)] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Range(0, INF, "[)")] = 0.01
-    """On projections; never on embeddings, norms, biases and selection pressures."""
+    """On projections; never on embeddings, norms, biases, sinks and selection
+    pressures."""
     clip: Annotated[float, Range(0, INF, "(]")] = 1.0
     """Largest gradient norm; inf for no limit."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 8

@@ -16,7 +16,7 @@ from smollm import (
     MultiHeadLatentAttention,
     create_smollm_with_attention,
 )
-from smollm.attention.rope import Llama3Scaling
+from smollm.attention.scaling import Llama3Scaling
 from smollm.hf import from_hf, save_hf
 
 

@@ -499,7 +499,8 @@ GUIDE = re.findall(
 def test_the_guide_covers_the_study():
     text = "\n".join(GUIDE)
     for flag in ("norm-strategy sandwich", "qk-norm rms", "window-size 1024", "num-kv-heads 1",
-                 "latent-dim 432", "num-heads 12", "environment none"):  # fmt: skip
+                 "latent-dim 432", "num-heads 12", "environment none",
+                 "window-pattern 256", "nope-every 4", "sinks"):  # fmt: skip
         assert f"--{flag}" in text
     assert len(GUIDE) == len(set(GUIDE)) > 20
 
