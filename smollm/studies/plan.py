@@ -276,8 +276,8 @@ def _varied(
         arguments = model.layers(mechanism)
         shape = {field.name: getattr(model, field.name) for field in fields(model)}
         del shape["mechanisms"]
-        for name in OF_ATTENTION:
-            del shape[name]
+        for field_name in OF_ATTENTION:
+            del shape[field_name]
         return arguments, shape, changed.train
 
     found = set()
