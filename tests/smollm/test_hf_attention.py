@@ -26,7 +26,7 @@ FAMILIES = {
         **MIXED, "use_sliding_window": True, "num_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     },
-    "Gemma3": {**MIXED, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "Gemma3": {**MIXED, "head_dim": 16, "query_pre_attn_scalar": 24},
     "DeepseekV3": {
         "num_key_value_heads": 4, "first_k_dense_replace": 2, "q_lora_rank": 16,
         "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
