@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import tyro
 
-from smollm.data.corpus import DEFAULT_ROOT, Corpus
-from smollm.data.folders import BUILTINS, unfinished
-from smollm.data.hub import HubDataset
-from smollm.data.prepare import HELD_OUT, open_builtin, prepare_corpus
-from smollm.data.sources import LocalFiles, Source
-from smollm.data.tokenizer import SMOLLM_TOKENIZER
+from smollm.data.names import BUILTINS, DEFAULT_ROOT, HELD_OUT, SMOLLM_TOKENIZER
+
+if TYPE_CHECKING:
+    from smollm.data.corpus import Corpus
+    from smollm.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_what_stays(arguments: Arguments) -> None:
+    from smollm.data.folders import unfinished
+
     if (shards := unfinished(arguments.root, arguments.corpus)) is not None:
         print(
             f"smollm.data: whole shards stay in {shards}; the same command goes on from them",
@@ -87,7 +89,10 @@ def _say_what_stays(arguments: Arguments) -> None:
         )
 
 
-def _prepare(arguments: Arguments) -> Corpus:
+def _prepare(arguments: Arguments) -> "Corpus":
+    from smollm.data.corpus import Corpus
+    from smollm.data.prepare import open_builtin, prepare_corpus
+
     name = arguments.corpus
     if name in BUILTINS:
         if arguments != Arguments(name, root=arguments.root, replace=arguments.replace):
@@ -106,8 +111,11 @@ def _prepare(arguments: Arguments) -> Corpus:
     return Corpus(folder)
 
 
-def _source(arguments: Arguments) -> Source:
+def _source(arguments: Arguments) -> "Source":
     """Where the documents come from; refuses flags of another source than the one asked for."""
+    from smollm.data.hub import HubDataset
+    from smollm.data.sources import LocalFiles
+
     of_hub = {name: getattr(arguments, name) for name in ("dataset", "subset", "split")}
     if arguments.data_files:
         for flag, value in of_hub.items():

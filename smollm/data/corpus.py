@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smollm.data.names import DEFAULT_ROOT
 from smollm.data.shards import TokenWindows, Windows, open_shard
 from smollm.data.tokenizer import TOKENIZER_FILE, read_tokenizer, spellings, vocab_size
 from smollm.files import write_json
@@ -22,7 +23,6 @@ PROGRESS = "progress.json"  # of a folder that is being filled
 FORMAT = 2  # of corpus.json; 1 had no digests
 SHARD = re.compile(r"(train|val)_\d{6}\.bin", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
-DEFAULT_ROOT = Path(".data")
 YOUNG = 2_000_000_000  # ns; file systems keep times as coarse as this
 
 

@@ -1,4 +1,4 @@
-"""Where corpora stand: their names, and how one takes its place and harms nothing that is there."""
+"""Where corpora stand: how one takes its place and harms nothing that is there."""
 
 import os
 import re
@@ -17,27 +17,12 @@ from smollm.data.corpus import (
     read_manifest,
 )
 from smollm.data.hub import HUB_SHARDS
+from smollm.data.names import AUTO, BUILTINS, NAME, check_name
 from smollm.data.shards import is_shard
 from smollm.files import LOCK, locked
 
-AUTO, BUILTIN, BUILTIN_CODE = "auto", "builtin", "builtin-code"
-BUILTINS = (BUILTIN, BUILTIN_CODE)  # need no network
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 BUILDING = ".building"
 NEW, OLD = "new", "old"  # inside the folder that is being built: what comes and what goes
-
-
-def check_name(name: str) -> None:
-    """Refuse what does not name one folder under the root.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if not NAME.fullmatch(name):
-        raise ValueError(
-            "corpus: expected a name of letters, digits, '.', '_' and '-' that begins with a "
-            f"letter, a digit or '_', at most 100 long, got {name!r:.120}"
-        )
 
 
 def check_new_name(name: str, own: str | None = None) -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from smollm.data.corpus import ABOUT, DEFAULT_ROOT, Corpus, prepare_command
-from smollm.data.folders import AUTO, BUILTIN, BUILTINS, NAME, check_name
+from smollm.data.corpus import ABOUT, Corpus, prepare_command
 from smollm.data.mixture import Mixture, parse_weights
+from smollm.data.names import AUTO, BUILTIN, BUILTINS, DEFAULT_ROOT, NAME, check_name
 from smollm.data.prepare import open_builtin
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from smollm.data.corpus import DEFAULT_ROOT, Corpus
-from smollm.data.folders import BUILTIN, BUILTINS, build, check_new_name, find_place, settle
+from smollm.data.corpus import Corpus
+from smollm.data.folders import build, check_new_name, find_place, settle
+from smollm.data.names import BUILTIN, BUILTINS, DEFAULT_ROOT, HELD_OUT, SMOLLM_TOKENIZER
 from smollm.data.shards import MAX_TOKENS
 from smollm.data.sources import Source, python_documents, python_sources
 from smollm.data.tokenise import SHARD_TOKENS, Recipe, is_held_out, write_corpus
-from smollm.data.tokenizer import END_OF_TEXT, SMOLLM_TOKENIZER, end_of_text, load_tokenizer
+from smollm.data.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
 
 BUILTIN_VOCAB = 4096
-HELD_OUT, BUILTIN_HELD_OUT = 0.005, 0.05  # of the documents
+BUILTIN_HELD_OUT = 0.05  # of the documents
 
 
 def prepare_builtin(root: Path = DEFAULT_ROOT, name: str = BUILTIN) -> Path:

@@ -8,7 +8,6 @@ from tokenizers import Tokenizer
 from smollm.data.hub import HUB_NAME, OFFLINE, reach_hub
 from smollm.data.shards import MAX_VOCAB
 
-SMOLLM_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 
