@@ -8,6 +8,7 @@ from kernels.decode import attention_decode, genetic_decode, latent_decode
 from kernels.mga import closed_form_fitness, gene_fitness, genetic_attention
 from kernels.mla import latent_attention
 from kernels.reference import gene_keys, ring_positions, rotate
+from kernels.tensors import readable
 
 __all__ = [
     "attention",
@@ -20,6 +21,7 @@ __all__ = [
     "genetic_decode",
     "latent_attention",
     "latent_decode",
+    "readable",
     "ring_positions",
     "rotate",
 ]

@@ -9,7 +9,8 @@ from torch import Tensor
 from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
 from kernels.core.problem import Problem, new_lse
-from kernels.operators import ask_for_gradients, operator
+from kernels.derivatives import Function, ask_for_gradients, gradients, is_transformed, run
+from kernels.operators import operator
 
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_rope, Tensor? k_rope, Tensor? sinks, "
@@ -22,7 +23,7 @@ def _forward_results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, 
     return q.new_empty(*q.shape[:-1], v.shape[-1]), new_lse(q)
 
 
-@operator(f"forward({PROBLEM}) -> (Tensor, Tensor)", fake=_forward_results)
+@operator(f"forward({PROBLEM}) -> (Tensor, Tensor)", fake=_forward_results, folds=True)
 def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
     """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, parts, Tq] of a `Problem`."""
     from kernels.core.forward import launch_forward
@@ -43,6 +44,7 @@ def _backward_results(*arguments: Any) -> tuple[Tensor, ...]:
     f"backward({PROBLEM}, Tensor o, Tensor lse_log2, Tensor do, Tensor? dlse_log2, "
     "bool with_excess) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_results,
+    folds=True,
 )
 def core_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope, delta = <do, o> - dlse, and excess = sum_j dS [B, HQ, Tq]."""
@@ -52,26 +54,31 @@ def core_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return launch_backward(Problem(*problem), o, lse_log2, do, dlse_log2, with_excess)
 
 
-class _AttentionFunction(torch.autograd.Function):
-    """o and, if asked for, its base-2 lse; keeps the inputs and both for the backward."""
+class _AttentionFunction(Function):
+    """o and its base-2 lse, which has a gradient if asked to; keeps the inputs and both."""
 
     @staticmethod
-    def forward(ctx: Any, with_lse: bool, *problem: Any) -> tuple[Tensor, ...]:
-        o, lse_log2 = core_forward(*problem)
-        ctx.save_for_backward(*problem[:TENSORS], o, lse_log2)
-        ctx.plain = problem[TENSORS:]
-        return (o, lse_log2) if with_lse else (o,)
+    def forward(with_lse: bool, *problem: Any) -> tuple[Tensor, Tensor]:
+        results: tuple[Tensor, Tensor] = core_forward(*problem)
+        return results
 
     @staticmethod
-    def backward(
-        ctx: Any, do: Tensor, dlse_log2: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        with_lse, *problem = inputs
+        ctx.save_for_backward(*problem[:TENSORS], *output)
+        ctx.plain, ctx.with_lse = problem[TENSORS:], with_lse
+        if not (with_lse or torch.compiler.is_compiling()):  # which makes unread zeros nothing
+            ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse_log2: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, o, lse_log2 = ctx.saved_tensors
         problem = Problem(*tensors, *ctx.plain)
-        *gradients, delta, excess = core_backward(
-            *problem, o, lse_log2, do, dlse_log2, problem.sinks is not None
+        dlse_log2 = dlse_log2 if ctx.with_lse else None
+        *own, delta, excess = gradients(
+            core_backward, *problem, o, lse_log2, do, dlse_log2, problem.sinks is not None
         )
-        present = (d if x is not None else None for x, d in zip(problem, gradients, strict=False))
+        present = (d if x is not None else None for x, d in zip(problem, own, strict=False))
         dsinks = None
         if problem.sinks is not None:  # -P_sink delta, summed over queries, but of o unrounded:
             # the excess of the other keys is sum_j P_j dP_j - (1 - P_sink) delta
@@ -84,7 +91,7 @@ class _AttentionFunction(torch.autograd.Function):
             if dlse_log2 is not None:
                 exact -= dlse_log2[:, :, 0] * math.log2(math.e)
             dsinks = -(weights * exact).sum((0, 2)).to(problem.sinks.dtype)
-        rest = (None,) * (len(problem) - len(gradients) - 1)
+        rest = (None,) * (len(problem) - len(own) - 1)
         return None, *present, dsinks, *rest
 
 
@@ -100,13 +107,13 @@ class _Joined(torch.autograd.Function):
         return do, dlse  # zeros where the loss does not reach
 
 
-def fused_attention(problem: Problem, with_lse: bool = False) -> tuple[Tensor, ...]:
-    """o [B, Tq, HQ, D_V] and, at least if asked for, base-2 lse [B, HQ, parts, Tq]."""
-    results: tuple[Tensor, ...]
+def fused_attention(problem: Problem, with_lse: bool = False) -> tuple[Tensor, Tensor]:
+    """o [B, Tq, HQ, D_V] and base-2 lse [B, HQ, parts, Tq], which has a gradient if asked to."""
+    results: tuple[Tensor, Tensor]
     if not ask_for_gradients(*problem[:TENSORS]):
         results = core_forward(*problem)
         return results
-    results = _AttentionFunction.apply(with_lse, *problem)  # type: ignore[no-untyped-call]
+    results = run(_AttentionFunction, with_lse, *problem)
     return results
 
 
@@ -222,8 +229,8 @@ def attention(
         if way == "sdpa":
             o, lse = sdpa.attention(problem, with_dlse=return_lse)
             return (o, lse) if return_lse else o
-        o, *lse_log2 = fused_attention(problem, with_lse=return_lse)
-        return (o, math.log(2) * lse_log2[0][:, :, 0].transpose(1, 2)) if return_lse else o
+        o, lse_log2 = fused_attention(problem, with_lse=return_lse)
+        return (o, math.log(2) * lse_log2[:, :, 0].transpose(1, 2)) if return_lse else o
     o, lse = reference.attention(
         q,
         k,
@@ -236,5 +243,6 @@ def attention(
     )
     if not return_lse:
         return o
-    o, lse = _Joined.apply(o, lse)  # type: ignore[no-untyped-call]
+    if not is_transformed():
+        o, lse = _Joined.apply(o, lse)  # type: ignore[no-untyped-call]
     return o, lse

@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from kernels.derivatives import is_transformed
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -37,3 +39,25 @@ def without_autocast(op: Callable[Arguments, Result]) -> Callable[Arguments, Res
         return op(*args, **kwargs)
 
     return run
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of equal batches, in their own type whatever autocast says, in the backward too."""
+    if is_transformed():  # which takes the backward of PyTorch's own
+        return a @ b
+    result: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with no_autocast(a.device.type):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        da = product(d, b.mT) if ctx.needs_input_grad[0] else None
+        return da, product(a.mT, d) if ctx.needs_input_grad[1] else None

@@ -20,6 +20,7 @@ from kernels.tensors import (
     head_groups,
     multiple,
     once_per_signature,
+    readable,
     same_device,
     shape,
     tensor,
@@ -266,7 +267,7 @@ def check_cu_seqlens(
     _offsets_form("cu_seqlens", cu_seqlens, device)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected [N+1] with N >= 1, got {list(cu_seqlens.shape)}")
-    if _readable(cu_seqlens):
+    if readable(cu_seqlens):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] != tokens or values != sorted(values):
             raise ValueError(
@@ -384,7 +385,7 @@ def _rope_pair(q_name: str, q_rope: Tensor | None, k_name: str, k_rope: Tensor |
 def _cache_lengths(cache_lengths: Tensor, sizes: Sizes, device: torch.device) -> None:
     shape("cache_lengths", cache_lengths, "B", sizes)
     _offsets_form("cache_lengths", cache_lengths, device)
-    if _readable(cache_lengths) and cache_lengths.numel():
+    if readable(cache_lengths) and cache_lengths.numel():
         lengths = cache_lengths.tolist()
         low, high = min(lengths), max(lengths)
         if low < 0 or (high > 0 and sizes["S"] == 0):
@@ -400,10 +401,6 @@ def _offsets_form(name: str, x: Tensor, device: torch.device) -> None:
         raise TypeError(f"{name}: expected torch.int32, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
-
-
-def _readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _abridged(values: list[int]) -> str:

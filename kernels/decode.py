@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
-from kernels.operators import ask_for_gradients, operator
+from kernels.derivatives import without_backward
+from kernels.operators import operator
 
 
 def _decode_results(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any) -> Tensor:
@@ -49,22 +49,10 @@ def _select_decode(*arguments: Any) -> Tensor:
     return launch_decode(q, k_cache, v_cache, None, None, lengths, None, window_size, 1.0)
 
 
-class _WithoutBackward(torch.autograd.Function):
-    """o as it is, of inputs of which some ask for a gradient that it has not got."""
-
-    @staticmethod
-    def forward(ctx: Any, o: Tensor, *inputs: Tensor | None) -> Tensor:
-        return o.view_as(o)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[None, ...]:
-        raise NotImplementedError("decoding: expected no backward but of 'eager', got one")
-
-
-def _without_backward(o: Tensor, *inputs: Tensor | None) -> Tensor:
-    """o, whose backward is refused where an input asks for its gradient."""
-    if ask_for_gradients(*inputs):
-        o = _WithoutBackward.apply(o, *inputs)  # type: ignore[no-untyped-call]
+def _without_gradients(operator: Any, *arguments: Any) -> Tensor:
+    """operator(*arguments), whose backward is refused."""
+    refusal = "decoding: expected no backward but of 'eager', got one"
+    o: Tensor = without_backward(refusal, operator, *arguments)
     return o
 
 
@@ -119,11 +107,9 @@ def attention_decode(
     way = checks.implementation(impl, inputs, has_backward=False)
     if way != "eager":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        caches = k_cache, v_cache, None, None, cache_lengths
         decode = sdpa.decode if way == "sdpa" else _decode
-        o: Tensor = decode(
-            q, k_cache, v_cache, None, None, cache_lengths, sinks, window_size, scale
-        )
-        return _without_backward(o, q, k_cache, v_cache, sinks)
+        return _without_gradients(decode, q, *caches, sinks, window_size, scale)
     return reference.attention_decode(
         q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
     )
@@ -187,18 +173,8 @@ def latent_decode(
     way = checks.implementation(impl, inputs, widest=512, has_backward=False)
     if way != "eager":
         decode = sdpa.decode if way == "sdpa" else _decode
-        o: Tensor = decode(
-            q_latent,
-            latent_cache,
-            None,
-            q_rope,
-            rope_cache,
-            cache_lengths,
-            None,
-            window_size,
-            scale,
-        )
-        return _without_backward(o, *inputs.values())
+        caches = latent_cache, None, q_rope, rope_cache, cache_lengths
+        return _without_gradients(decode, q_latent, *caches, None, window_size, scale)
     return reference.latent_decode(
         q_latent,
         q_rope,
@@ -284,29 +260,19 @@ def genetic_decode(
         )
     if way == "triton":
         cos, sin = (None, None) if rope is None else rope
-        o: Tensor = _select_decode(
-            g,
-            e,
-            selection_pressure,
-            cos,
-            sin,
-            g_cache,
-            cache_lengths,
-            window_size,
-            environment,
-            k_cache,
-            v_cache,
+        genes = g, e, selection_pressure, cos, sin, g_cache, cache_lengths
+        return _without_gradients(
+            _select_decode, *genes, window_size, environment, k_cache, v_cache
         )
-    else:
-        q = reference.gene_decode_queries(
-            g,
-            e,
-            selection_pressure,
-            g_cache,
-            cache_lengths,
-            window_size=window_size,
-            environment=environment,
-            rope=rope,
-        )
-        o = sdpa.decode(q, k_cache, v_cache, None, None, cache_lengths, None, window_size, 1.0)
-    return _without_backward(o, *inputs.values(), selection_pressure)
+    q = reference.gene_decode_queries(
+        g,
+        e,
+        selection_pressure,
+        g_cache,
+        cache_lengths,
+        window_size=window_size,
+        environment=environment,
+        rope=rope,
+    )
+    caches = k_cache, v_cache, None, None, cache_lengths
+    return _without_gradients(sdpa.decode, q, *caches, None, window_size, 1.0)

@@ -12,7 +12,8 @@ from torch import Tensor
 from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
 from kernels.core.problem import Genes, Problem, new_lse
-from kernels.operators import ask_for_gradients, operator
+from kernels.derivatives import Function, ask_for_gradients, gradients, run
+from kernels.operators import operator
 from kernels.reference import closed_form_fitness
 
 __all__ = ["closed_form_fitness", "gene_fitness", "genetic_attention"]
@@ -33,7 +34,7 @@ def _fitness_results(
     return g.new_empty(g.shape), g.new_empty(g.shape)
 
 
-@operator(f"fitness({GENES}) -> (Tensor, Tensor)", fake=_fitness_results)
+@operator(f"fitness({GENES}) -> (Tensor, Tensor)", fake=_fitness_results, folds=True)
 def _fitness(*genes: Any) -> tuple[Tensor, Tensor]:
     """q and k of a selection among `Genes`; without a pressure gamma, and nothing."""
     from kernels.core.fitness import launch_fitness
@@ -70,7 +71,7 @@ def _select_results(g: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return g.new_empty(*g.shape[:-1], v.shape[-1]), new_lse(g)
 
 
-@operator(f"select({GENES}, Tensor v) -> (Tensor, Tensor)", fake=_select_results)
+@operator(f"select({GENES}, Tensor v) -> (Tensor, Tensor)", fake=_select_results, folds=True)
 def _select(*arguments: Any) -> tuple[Tensor, Tensor]:
     """o and base-2 lse of the attention that selects among v by the fitness of `Genes`."""
     from kernels.core.fitness import launch_fitness
@@ -104,41 +105,46 @@ def _select_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return dv, *launch_fitness_backward(genes, dq, dk, excess, windows)
 
 
-class _FitnessFunction(torch.autograd.Function):
+class _FitnessFunction(Function):
     """gamma; keeps the inputs for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, *genes: Any) -> Tensor:
+    def forward(*genes: Any) -> Tensor:
         gamma: Tensor
         gamma, _ = _fitness(*genes)
-        ctx.save_for_backward(*genes[:TENSORS])
-        ctx.plain = genes[TENSORS:]
         return gamma
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:TENSORS])
+        ctx.plain = inputs[TENSORS:]
 
     @staticmethod
     def backward(ctx: Any, dgamma: Tensor) -> tuple[Tensor | None, ...]:
         genes = Genes(*ctx.saved_tensors, *ctx.plain)
-        dg, de, _ = _fitness_backward(*genes, dgamma, None, None)
+        dg, de, _ = gradients(_fitness_backward, *genes, dgamma, None, None)
         return dg, None if genes.e is None else de, *(None,) * (len(genes) - 2)
 
 
-class _GeneticFunction(torch.autograd.Function):
-    """o; keeps the inputs, o and its lse for the backward."""
+class _GeneticFunction(Function):
+    """o and its lse, which has no gradient; keeps the inputs and both for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, *arguments: Any) -> Tensor:
-        genes = Genes(*arguments)
-        o: Tensor
-        o, lse_log2 = _select(*genes, v)
-        ctx.save_for_backward(*genes[:TENSORS], v, o, lse_log2)
+    def forward(v: Tensor, *genes: Any) -> tuple[Tensor, Tensor]:
+        results: tuple[Tensor, Tensor] = _select(*genes, v)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        v, *genes = inputs
+        ctx.save_for_backward(*genes[:TENSORS], v, *output)
         ctx.plain = genes[TENSORS:]
-        return o
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         *tensors, v, o, lse_log2 = ctx.saved_tensors
         genes = Genes(*tensors, *ctx.plain)
-        dv, dg, de, dpressure = _select_backward(*genes, v, o, lse_log2, do)
+        dv, dg, de, dpressure = gradients(_select_backward, *genes, v, o, lse_log2, do)
         assert genes.pressure is not None
         dpressure = dpressure.to(genes.pressure.dtype)
         return dv, dg, None if genes.e is None else de, dpressure, *(None,) * (len(genes) - 3)
@@ -187,7 +193,7 @@ def gene_fitness(
     way = checks.implementation(impl, {"g": g, "e": e})
     if way == "triton":
         genes = Genes(g, e, None, None, None, cu_seqlens, window_size, environment)
-        gamma: Tensor = _FitnessFunction.apply(*genes)  # type: ignore[no-untyped-call]
+        gamma: Tensor = run(_FitnessFunction, *genes)
         return gamma
     fitness = sdpa.gene_fitness if way == "sdpa" else reference.gene_fitness
     return fitness(g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens)
@@ -249,7 +255,7 @@ def genetic_attention(
         genes = Genes(g, e, selection_pressure, cos, sin, cu_seqlens, window_size, environment)
         o: Tensor
         if ask_for_gradients(v, *genes[:TENSORS]):
-            o = _GeneticFunction.apply(v, *genes)  # type: ignore[no-untyped-call]
+            o, _ = run(_GeneticFunction, v, *genes)
         else:
             o, _ = _select(*genes, v)
         return o

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from kernels.autocast import no_autocast, without_autocast
-from kernels.operators import ask_for_gradients
+from kernels.autocast import product, without_autocast
+from kernels.derivatives import ask_for_gradients, is_traced
 
 
 def visible(
@@ -72,7 +72,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: RoFormer, arXiv 2104.09864.
     """
     cos, sin = (y.detach() if y.requires_grad else y for y in (cos, sin))
-    if ask_for_gradients(x):
+    if ask_for_gradients(x) and not is_traced():
         rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
     return _rotated(x, cos, sin)
@@ -81,11 +81,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     halves = x.to(accumulator(x)).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # over heads
-    rotated = halves * cos.unsqueeze(-2)
-    (x1, x2), (y1, y2) = halves.unbind(-2), rotated.unbind(-2)
-    y1.addcmul_(x2, sin, value=-1)  # in place: new memory costs a CPU more than the sums
-    y2.addcmul_(x1, sin)
-    rotated = rotated.flatten(-2)
+    x1, x2 = halves.unbind(-2)
+    if is_traced():  # where what is in place ends vmap, and fixes the shapes of a graph
+        rotated = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    else:
+        rotated = halves * cos.unsqueeze(-2)
+        y1, y2 = rotated.unbind(-2)
+        y1.addcmul_(x2, sin, value=-1)  # in place: new memory costs a CPU more than the sums
+        y2.addcmul_(x1, sin)
+        rotated = rotated.flatten(-2)
     # A cast to its own type would lose the gradient where PyTorch 2.11 compiles this.
     return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
 
@@ -259,7 +263,7 @@ def gene_fitness(
     )
     genes = g.to(accumulator(g))
     share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True)  # 1/n_i on the window
-    total = _product(share, rearrange(torch.sigmoid(genes), "b j h d -> j (b h d)"))
+    total = product(share, rearrange(torch.sigmoid(genes), "b j h d -> j (b h d)"))
     expression = total.reshape(genes.transpose(0, 1).shape).transpose(0, 1)
     return closed_form_fitness(expression, g, e, environment=environment)
 
@@ -327,7 +331,7 @@ def gene_decode_queries(
     genes = torch.sigmoid(g_cache.to(accumulator(g)))
     genes = genes.masked_fill(~seen.any(dim=1)[..., None, None], 0.0)
     share = seen.to(genes.dtype) / seen.sum(dim=-1, keepdim=True).clamp(min=1)
-    total = _product(share, rearrange(genes, "b s h d -> b s (h d)"))
+    total = product(share, rearrange(genes, "b s h d -> b s (h d)"))
     gamma = closed_form_fitness(total.reshape(g.shape), g, e, environment=environment)
     return gene_queries(gamma, selection_pressure, rope).to(g.dtype)
 
@@ -355,27 +359,6 @@ def gene_queries(
     return q if rope is None else rotate(q, *rope)
 
 
-class _Product(torch.autograd.Function):
-    """a @ b of equal batches, in their own type whatever autocast says, in the backward too."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        with no_autocast(a.device.type):
-            return a @ b
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        da = _product(d, b.mT) if ctx.needs_input_grad[0] else None
-        return da, _product(a.mT, d) if ctx.needs_input_grad[1] else None
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
-    return product
-
-
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -391,7 +374,7 @@ def _attend(
     q = rearrange(q, "b i h d -> b h i d").to(precise)
     k = repeat(k, "b j h d -> b (h g) d j", g=heads // max(1, k.shape[2])).to(precise)
     v = repeat(v, "b j h d -> b (h g) j d", g=heads // max(1, v.shape[2]))
-    scores = _product(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = product(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
 
     # A row that sees nothing must give zeros and finite gradients, so its pivot stays finite
@@ -411,7 +394,7 @@ def _attend(
     lse = torch.where(sees_any, pivot + torch.log(total), float("-inf"))
     weights, unit = weights / total, total.detach()  # a row's largest weight, times that, is 1
     weights = (weights * unit).to(v.dtype).to(precise) / unit  # so that it is never rounded
-    o = _product(weights, v.to(precise))
+    o = product(weights, v.to(precise))
     return rearrange(o, "b h i d -> b i h d").to(v.dtype), rearrange(lse, "b h i 1 -> b i h")
 
 

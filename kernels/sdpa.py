@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.core.problem import Problem
-from kernels.operators import ask_for_gradients, operator
+from kernels.derivatives import Function, ask_for_gradients, gradients, is_traced, run
+from kernels.operators import operator
 from kernels.sums import window_sums
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -103,12 +104,14 @@ def _by_blocks(*call: Any) -> tuple[Tensor, Tensor]:
 _forward = operator(
     f"sdpa({_CALL}) -> (Tensor, Tensor)",
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:-1])),
+    folds=True,
 )(_by_blocks)
 
 
 @operator(
     f"sdpa_backward({_CALL}, Tensor o, Tensor lse, Tensor do) -> (Tensor, Tensor, Tensor)",
     fake=lambda *call: tuple(x.new_empty(x.shape) for x in call[:3]),
+    folds=True,
 )
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
@@ -167,15 +170,19 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-class _AttentionFunction(torch.autograd.Function):
+class _AttentionFunction(Function):
     """o and its lse; keeps the inputs and both for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, with_dlse: bool, with_excess: bool, *call: Any) -> tuple[Tensor, Tensor]:
+    def forward(with_dlse: bool, with_excess: bool, *call: Any) -> tuple[Tensor, Tensor]:
         o, lse = _forward(*call)
-        ctx.save_for_backward(*call[:4], o, lse)
-        ctx.flags, ctx.plain = (with_dlse, with_excess), call[4:]
         return o, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *ctx.flags, q, k, v, cu_seqlens = inputs[:6]
+        ctx.save_for_backward(q, k, v, cu_seqlens, *output)
+        ctx.plain = inputs[6:]
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,11 +193,11 @@ class _AttentionFunction(torch.autograd.Function):
             q, o = F.pad(q, (0, 1)), F.pad(o, (0, 1))
             v, do = F.pad(v, (0, 1), value=1.0), torch.cat((do, dlse[..., None]), dim=-1)
             k = F.pad(k, (0, 1), value=float(with_excess))  # so that dq has sum_j dS there
-        dq, dk, dv = _backward(q, k, v, cu_seqlens, *ctx.plain, o, lse, do)
+        dq, dk, dv = gradients(_backward, q, k, v, cu_seqlens, *ctx.plain, o, lse, do)
         if with_excess:  # rounding alone, but of scores that are much like the token's own
             dq = torch.addcmul(dq, dq[..., width:], F.pad(keys, (0, 1)), value=-1)
-        gradients = (d[..., :width] for d in (dq, dk, dv))
-        return None, None, *gradients, *(None,) * (1 + len(ctx.plain))
+        own = (d[..., :width] for d in (dq, dk, dv))
+        return None, None, *own, *(None,) * (1 + len(ctx.plain))
 
 
 def attention(
@@ -203,9 +210,7 @@ def attention(
     """
     sinks, call = problem.sinks, _arguments(problem)
     if ask_for_gradients(*call[:3]):
-        o, lse = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
-            with_dlse or sinks is not None, with_excess, *call
-        )
+        o, lse = run(_AttentionFunction, with_dlse or sinks is not None, with_excess, *call)
     else:
         o, lse = _forward(*call)
     o = o[..., : problem.v.shape[-1]]
@@ -302,8 +307,7 @@ _decode_operator = operator(
 
 def decode(*arguments: Any) -> Tensor:
     """See `_decode`; an operator, which costs as much as what it does, only where it is traced."""
-    run = _decode_operator if torch.compiler.is_compiling() else _decode
-    o: Tensor = run(*arguments)
+    o: Tensor = (_decode_operator if is_traced() else _decode)(*arguments)
     return o
 
 

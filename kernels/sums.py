@@ -3,11 +3,11 @@
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from kernels.derivatives import Function, run
 from kernels.operators import operator
 
 
@@ -19,29 +19,33 @@ def window_sums(x: Tensor, cu_seqlens: Tensor | None, window_size: int) -> Tenso
     of the two is rounded once, so that with their sum they err by at most 1.5 eps of numbers of one
     sign.
     """
-    sums: Tensor = _WindowSums.apply(x, cu_seqlens, window_size)  # type: ignore[no-untyped-call]
+    sums: Tensor = run(_WindowSums, x, cu_seqlens, window_size, False)
     return sums
 
 
-class _WindowSums(torch.autograd.Function):
+class _WindowSums(Function):
     """Its gradient is the sums over the tokens that see a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor | None, window_size: int) -> Tensor:
-        ctx.save_for_backward(cu_seqlens)
-        ctx.window_size = window_size
-        sums: Tensor = _sums(x, cu_seqlens, window_size, False)
+    def forward(x: Tensor, cu_seqlens: Tensor | None, window_size: int, ahead: bool) -> Tensor:
+        sums: Tensor = _sums(x, cu_seqlens, window_size, ahead)
         return sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _x, cu_seqlens, ctx.window_size, ctx.ahead = inputs
+        ctx.save_for_backward(cu_seqlens)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
-        return _sums(d, cu_seqlens, ctx.window_size, True), None, None
+        return run(_WindowSums, d, cu_seqlens, ctx.window_size, not ctx.ahead), None, None, None
 
 
 @operator(
     "window_sums(Tensor x, Tensor? cu_seqlens, int window_size, bool ahead) -> Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
+    folds=True,
 )
 def _sums(x: Tensor, cu_seqlens: Tensor | None, window_size: int, ahead: bool) -> Tensor:
     """Over the windows that end at each token, or those ahead that begin there."""

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.derivatives import is_traced
+
 Check = TypeVar("Check", bound=Callable[..., None])
 Sizes = dict[str, int]
 KERNEL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,7 +26,7 @@ def once_per_signature(check: Check) -> Check:
 
     @functools.wraps(check)
     def run(*arguments: Any, **named: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_traced():
             return check(*arguments, **named)
         try:
             signature = (*named, *map(_signature, (*arguments, *named.values())))
@@ -48,6 +50,11 @@ def _signature(x: Any) -> Any:
     if x.dtype == torch.int32 and x.dim() == 1 and x.device.type == "cpu":
         return x.device, *x.tolist()
     return x.shape, x.dtype, x.device
+
+
+def readable(x: Tensor) -> bool:
+    """Whether Python may look at values: without a stall, in no graph and no `torch.func`."""
+    return x.device.type == "cpu" and not is_traced()
 
 
 def shape(name: str, x: Tensor, symbols: str, sizes: Sizes) -> None:
