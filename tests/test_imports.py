@@ -21,12 +21,17 @@ HUGGING_FACE_SUBMODULES = {
 
 def imports(path: Path) -> set[str]:
     """Every name imported anywhere in a file, as dotted paths."""
+    return imported(ast.parse(path.read_text()))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Every name imported anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"relative import of {node.module}"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -116,3 +121,12 @@ def test_kernels_can_be_told_from_hugging_faces():
     assert ast.unparse(first) == "__version__ = '0.1.0'"
     names = {path.stem for path in (ROOT / "kernels").iterdir()}
     assert not names & HUGGING_FACE_SUBMODULES
+
+
+def test_transformers_is_imported_where_it_is_needed():
+    """By one room, and there by functions, so that neither training nor an import asks for it."""
+    for path in [*sources("kernels"), *sources("smollm"), ROOT / "train.py"]:
+        tree = ast.parse(path.read_text())
+        if path.parent == ROOT / "smollm" / "hf":
+            tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+        assert not from_package(imported(tree), "transformers"), path
