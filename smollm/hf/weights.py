@@ -3,7 +3,7 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +17,6 @@ from smollm.hf.facts import Facts, build, facts_of, refusal
 from smollm.hf.families import FAMILIES, Family
 from smollm.hf.library import load_transformers
 from smollm.model import SmolLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -126,7 +123,7 @@ def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     return FAMILIES[model_type], _fields(transformers.AutoConfig.from_pretrained(folder))
 
 
-def _fields(config: "PreTrainedConfig") -> dict[str, Any]:
+def _fields(config: Any) -> dict[str, Any]:
     """What its architecture reads; transformers keeps, and ignores, whatever else a file holds."""
     of_any = load_transformers().PreTrainedConfig().to_dict()
     read = type(config)().to_dict().keys() | {"head_dim", "quantization_config"}
@@ -159,7 +156,7 @@ def _drop_tied(weights: dict[str, Tensor]) -> None:
         raise refusal(HEAD, f"none, or {EMBEDDING}'s, with tie_word_embeddings", "another")
 
 
-def _carrier(facts: Facts, ids: dict[str, int | None]) -> tuple[Family, "PreTrainedConfig"]:
+def _carrier(facts: Facts, ids: dict[str, int | None]) -> tuple[Family, Any]:
     """The first architecture that carries a model, and its config."""
     from huggingface_hub.errors import StrictDataclassError
 
