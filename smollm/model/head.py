@@ -110,8 +110,7 @@ def _loss_and_gradients(
     dx = torch.empty_like(x) if needed[0] else None
     dweight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
     rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    for chunk in range(-(-x.shape[0] // rows)):  # a graph is for their number, not for len(x)
-        start = chunk * rows
+    for start in range(0, len(x), rows):
         some, target = x[start : start + rows], following[start : start + rows, None]
         ignored = target == IGNORED
         target = target.masked_fill(ignored, 0)

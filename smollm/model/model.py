@@ -217,10 +217,8 @@ class SmolLM(Generator):
         batch, tokens = input_ids.shape
         packed = None if attention_mask is None else packing(attention_mask, batch, tokens)
         if packed is not None:
-            if cache is not None and (cache.in_use or packed.places is None):
-                raise ValueError(
-                    "attention_mask: expected no padding beside a cache in use or in a graph"
-                )
+            if cache is not None and cache.in_use:
+                raise ValueError("attention_mask: expected no padding beside a cache in use")
             input_ids, cu_seqlens = packed.pack(input_ids), packed.cu_seqlens
         positions = token_positions(input_ids.shape[1], cu_seqlens, device=input_ids.device)
         if cache is not None:
