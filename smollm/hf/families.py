@@ -65,8 +65,6 @@ BRANCH_ENDS = {
 }
 ONE_QKV = {f"attention.{name}_proj": "self_attn.qkv_proj" for name in "qkv"}
 ONE_GATE_UP = {f"mlp.{name}_proj": "mlp.gate_up_proj" for name in ("gate", "up")}
-
-
 ROTATING = {
     *("attention.q_proj", "attention.k_proj", "attention.q_proj.up_proj"),
     "attention.kv_down_proj",
@@ -185,7 +183,7 @@ class Family:
             rope |= {name: getattr(scaling, ours) for name, ours in SCALING.items()}
         if self.partial:
             rope["partial_rotary_factor"] = facts.rope_dim / facts.head_dim
-        config |= {"num_hidden_layers": count, "rope_parameters": rope, **EXPECTED}
+        config |= {"num_hidden_layers": count, "rope_parameters": rope, "hidden_act": "silu"}
         if "attention_bias" in config:
             config["attention_bias"] = bool(facts.bias)
         if self.latent:
