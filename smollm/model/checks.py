@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kernels import check_cu_seqlens
+from kernels import check_cu_seqlens, readable
 from smollm.attention.base import Attention
 from smollm.attention.cache import Cache
 from smollm.model.head import IGNORED
@@ -51,7 +51,7 @@ def check_labels(
         )
     if labels.dtype not in INTEGERS:
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
-    if _readable(labels) and labels.numel():
+    if readable(labels) and labels.numel():
         used = labels[labels != IGNORED]
         if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < vocab_size:
             raise ValueError(
@@ -89,23 +89,18 @@ def check_inputs(
             raise ValueError(
                 f"input_ids: expected the cache's B={len(cache.lengths)} sequences, got {batch}"
             )
-    readable = _readable(input_ids)
+    has_values = readable(input_ids)
     if cu_seqlens is not None:
-        longest = int(cu_seqlens.diff().max()) if readable else 0
+        longest = int(cu_seqlens.diff().max()) if has_values else 0
     if cache is not None:
-        longest += int(cache.lengths.max()) if readable else 0
+        longest += int(cache.lengths.max()) if has_values else 0
     if longest > max_seq_len:
         raise ValueError(
             f"input_ids: expected at most max_seq_len={max_seq_len} tokens in a sequence, got "
             f"{longest}"
         )
-    if readable and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+    if has_values and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
         raise ValueError(
             f"input_ids: expected values from 0 to {vocab_size - 1}, got "
             f"{int(input_ids.min())} to {int(input_ids.max())}"
         )
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether values can be looked at without a stall or a break in a compiled graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()

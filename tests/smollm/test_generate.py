@@ -61,7 +61,7 @@ def unread(monkeypatch):
     """As on a GPU: checks look at no value, and decoding, here the oracle's, at no length."""
     monkeypatch.setattr(checks, "implementation", lambda *_, **__: "eager")
     for module in (checks, model_checks):
-        monkeypatch.setattr(module, "_readable", lambda x: False)
+        monkeypatch.setattr(module, "readable", lambda x: False)
 
 
 @every_model
