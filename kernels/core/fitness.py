@@ -147,7 +147,7 @@ def window_fitness(
 ):  # fmt: skip
     """gamma, phi + 1/2, p and 1 / n of a tile, whose windows reach `behind` tokens back."""
     tokens = g_matrix[2]
-    logits = None
+    logits = ()
     if HAS_ENVIRONMENT:  # on its way while the windows are summed
         logits = load_halves(logits_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
     genes = load_summed(g_matrix, start, 0, tokens, BLOCK, SEGMENTS, D_FIRST, D_SECOND, True)
