@@ -34,6 +34,19 @@ def ranges(options: type) -> dict[str, Range]:
     return {name: r for name, extras in found.items() for r in extras if isinstance(r, Range)}
 
 
+def check_range(options: Any) -> None:
+    """Refuse a dataclass of flags with a value outside its field's range.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+    for name, allowed in ranges(type(options)).items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, int | float) and not allowed.holds(value):
+                raise ValueError(f"{name}: expected in {allowed}, got {value}")
+
+
 @dataclass(frozen=True)
 class SharedOptions:
     """What a model tells every mechanism; each field is a flag of train.py."""

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from smollm.data.hub import HUB_NAME, OFFLINE, reach_hub
 from smollm.data.shards import MAX_VOCAB
+from smollm.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -76,6 +77,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer: expected a tokenizer.json, got {path}: {error}") from error
+
+
+def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer.json, atomically."""
+    text = tokenizer.to_str(pretty=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

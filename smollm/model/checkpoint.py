@@ -49,7 +49,14 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> SmolLM:
-    """The model that `save_model` wrote, in evaluation mode.
+    """The model that `save_model` wrote, in evaluation mode; it raises what `read_model` does."""
+    return read_model(path, device)[0]
+
+
+def read_model(
+    path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[SmolLM, dict[str, Any]]:
+    """The model that `save_model` wrote, in evaluation mode, and what was said of it.
 
     Raises:
         FileNotFoundError, PermissionError: no such file, or none that may be read.
@@ -68,7 +75,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> SmolLM:
             f"{path}: expected a model saved by save_model, got a file or folder that is none "
             f"({_first_line(error)})"
         ) from error
-    return model.to(device).eval()
+    del content["state_dict"]
+    return model.to(device).eval(), content
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from smollm.attention import MECHANISMS
+from smollm.data.tokenizer import TOKENIZER_FILE
 from smollm.files import locked
 from smollm.studies.plan import PLAN
 from smollm.training.record import Run, checkpoint_folder, log_file, model_file
@@ -21,7 +22,8 @@ LOSS_PLOT = Path("loss.png")
 BARS_PLOT = Path("speed_and_memory.png")
 TRADE_OFF_PLOT = Path("trade_offs.png")
 RATES_PLOT = Path("learning_rates.png")
-OWN = (RESULTS, PLAN, REPORT, PAGE, LOSS_PLOT, BARS_PLOT, TRADE_OFF_PLOT, RATES_PLOT)
+TOKENIZER = Path(TOKENIZER_FILE)
+OWN = (RESULTS, PLAN, TOKENIZER, REPORT, PAGE, LOSS_PLOT, BARS_PLOT, TRADE_OFF_PLOT, RATES_PLOT)
 
 
 @contextmanager
@@ -76,6 +78,17 @@ def read_runs(folder: Path) -> dict[str, Run]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected a study's results, got {error!r}") from error
+
+
+def trained(folder: Path) -> list[str]:
+    """The names of the runs that have weights or checkpoints in a folder."""
+    names = {path.name.removesuffix(model_file("").name) for path in folder.iterdir()}
+
+    def has_weights(name: str) -> bool:
+        checkpoints = checkpoint_files(folder / checkpoint_folder(name))
+        return bool(checkpoints) or (folder / model_file(name)).is_file()
+
+    return sorted(name for name in names if RUN.fullmatch(name) and has_weights(name))
 
 
 def clear(folder: Path) -> None:

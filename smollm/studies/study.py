@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 
 from smollm.data import Corpus, load_corpus
+from smollm.data.tokenizer import write_tokenizer
 from smollm.files import write_json
 from smollm.studies import INTERRUPTED, OK, UNFINISHED, report
 from smollm.studies.compare import at_their_best, group
-from smollm.studies.folder import RESULTS, claimed, clear, read_runs
+from smollm.studies.folder import RESULTS, TOKENIZER, claimed, clear, read_runs
 from smollm.studies.plan import Cell, cells, plan_text, write_plan
 from smollm.training.config import Config
 from smollm.training.display import make_progress
@@ -182,6 +183,7 @@ class Study:
             with suppress(OSError):  # the last write of results tells
                 folder.mkdir(parents=True, exist_ok=True)
                 write_plan(folder, self._config)
+                write_tokenizer(folder / TOKENIZER, self._corpus.tokenizer)
         left = self._world.share([c.name for c in self._cells if not self._done(c)])
         commit = self._about["git_commit"]
         with make_progress(self._console) as progress:

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from smollm.attention.options import LARGEST, ranges
-from smollm.training.config import Config
+from smollm.attention.options import LARGEST, check_range
+from smollm.training.config import Config, TrainConfig
 from smollm.training.torchrun import world_size
 from smollm.training.trackers import check_tracker
 
@@ -29,8 +29,7 @@ def check_config(config: Config, vocab_size: int) -> None:
         raise ValueError(
             f"warmup_steps: expected at most steps={train.steps}, got {train.warmup_steps}"
         )
-    if train.val_tokens < train.seq_len:
-        raise ValueError(f"val_tokens: expected >= seq_len={train.seq_len}, got {train.val_tokens}")
+    check_val_tokens(train)
     processes = world_size()
     if train.batch_size % processes and train.grad_accum % processes:
         raise ValueError(
@@ -60,20 +59,26 @@ def check_ranges(config: Config) -> None:
         ValueError: naming the field, what was expected and what came.
     """
     for options in (config, config.train, config.model, *config.model.mechanisms.values()):
-        for name, allowed in ranges(type(options)).items():
-            given = getattr(options, name)
-            for value in given if isinstance(given, tuple) else (given,):
-                if isinstance(value, int | float) and not allowed.holds(value):
-                    raise ValueError(f"{name}: expected in {allowed}, got {value}")
+        check_range(options)
+
+
+def check_val_tokens(train: TrainConfig) -> None:
+    """Refuse to validate on less than one window.
+
+    Raises:
+        ValueError: it is less.
+    """
+    if train.val_tokens < train.seq_len:
+        raise ValueError(f"val_tokens: expected >= seq_len={train.seq_len}, got {train.val_tokens}")
 
 
 def _check_with_torch(config: Config, vocab_size: int) -> None:
     import torch  # which takes seconds, and nothing above needs it
 
     from smollm.model.build import build_model
+    from smollm.training.parallel import find_device
 
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
+    find_device(config.train.device)
     with torch.device("meta"):
         for mechanism in config.mechanisms:
             layers = len(config.model.layers(mechanism))

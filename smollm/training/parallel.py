@@ -60,6 +60,18 @@ class World:
         return x
 
 
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU if PyTorch sees one.
+
+    Raises:
+        ValueError: it sees none, and "cuda" was asked for.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'cpu' or 'auto' (PyTorch sees no GPU), got 'cuda'")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(automatic if name == "auto" else name)
+
+
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """Meet the other processes of `torchrun`, if there are any.
@@ -67,16 +79,14 @@ def joined(device: str) -> Iterator[World]:
     Args:
         device: "auto", "cpu" or "cuda".
     """
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = automatic if device == "auto" else device
+    place = find_device(device)
     if world_size() == 1:
-        yield World(0, 1, torch.device(kind))
+        yield World(0, 1, place)
         return
-    place = torch.device(kind)
-    if kind == "cuda":
+    if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     try:
         yield World(torch.distributed.get_rank(), torch.distributed.get_world_size(), place)
     finally:

@@ -17,6 +17,7 @@ from smollm.training.display import RunDisplay
 from smollm.training.interrupts import Interrupts
 from smollm.training.parallel import World
 from smollm.training.record import Run, log_file, model_file
+from smollm.training.state import origin
 from smollm.training.trackers import open_tracker
 from smollm.training.trainer import Trainer
 
@@ -100,8 +101,7 @@ def train_run(
         if run.steps and run.status in ("finished", "interrupted"):
             model = trainer.whole_model()
             path = config.output_dir / model_file(run.name)
-            about |= {"status": run.status, "steps": run.steps, "corpus_sha256": corpus.sha256}
-            about |= {"seed": config.train.seed, "config": config.plain}
+            about |= {"status": run.status, "steps": run.steps} | origin(config, corpus)
             if world.leads:
                 save_model(path, model, run.mechanism, config.model, **about)
     except Exception as error:  # torch.save reports a full disk in several ways

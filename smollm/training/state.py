@@ -34,6 +34,17 @@ def identity(
     return plain
 
 
+def origin(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Where a run's weights come from, as plain values that are kept beside them."""
+    return {
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.sha256,
+        "eos_id": corpus.eos_id,
+        "seed": config.train.seed,
+        "config": config.plain,
+    }
+
+
 def differences(expected: dict[str, Any], got: dict[str, Any]) -> str:
     """The fields in which an identity is another one, in words; empty where there are none."""
     names = [name for name in expected | got if expected.get(name) != got.get(name)]
@@ -98,18 +109,33 @@ class Checkpoints:
             ValueError: as `check`.
         """
         self.check()
-        for seal in reversed(self._seals()):
-            path, about = seal.with_suffix(".pt"), _read(seal)
-            if about is not None and path.is_file() and _digest(path) == about["sha256"]:
-                content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-                return content
-            say(f"{path} is damaged; going on from the one before it")
+
+        def drop(seal: Path) -> None:
+            say(f"{seal.with_suffix('.pt')} is damaged; going on from the one before it")
             _remove(seal)
-        return None
+
+        return newest_checkpoint(self._folder, drop)
 
     def _seals(self) -> list[Path]:
-        """By step."""
-        return sorted(path for path in self._folder.glob("step_*.json") if SEAL.match(path.name))
+        return _seals(self._folder)
+
+
+def newest_checkpoint(
+    folder: Path, damaged: Callable[[Path], object] = lambda seal: None
+) -> dict[str, Any] | None:
+    """The content of a folder's latest undamaged checkpoint, on the CPU; None where there is none.
+
+    Args:
+        folder: of a run's checkpoints.
+        damaged: called with the seal of each damaged one.
+    """
+    for seal in reversed(_seals(folder)):
+        path, about = seal.with_suffix(".pt"), _read(seal)
+        if about is not None and path.is_file() and _digest(path) == about["sha256"]:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return content
+        damaged(seal)
+    return None
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -124,6 +150,11 @@ def clear_checkpoints(folder: Path) -> None:
         file.unlink(missing_ok=True)
     with suppress(OSError):  # someone else's files are in it
         folder.rmdir()
+
+
+def _seals(folder: Path) -> list[Path]:
+    """By step."""
+    return sorted(path for path in folder.glob("step_*.json") if SEAL.match(path.name))
 
 
 def _read(seal: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from smollm.training.loader import Batch, Loader
 from smollm.training.optim import Optimizers, accumulate_gradients, learning_rate
 from smollm.training.parallel import World, distribute, full_states, load_full_states
 from smollm.training.record import Record, Run, checkpoint_folder
-from smollm.training.state import Checkpoints, identity, seed_step
+from smollm.training.state import Checkpoints, identity, origin, seed_step
 
 UNTIMED_STEPS = 5  # kernels load and allocators fill during the first steps
 
@@ -57,6 +57,7 @@ class Trainer:
         self._watch.start()
         self._seconds_before = 0.0  # of training, in processes before
         folder = config.output_dir / checkpoint_folder(run.name)
+        self._about = origin(config, corpus)
         self._checkpoints = Checkpoints(folder, config.train.keep_checkpoints, run.config)
 
     def restore(self, say: Callable[[str], object]) -> None:
@@ -87,7 +88,7 @@ class Trainer:
             else (self._model.state_dict(), self._optimizers.state_dict())
         )
         if self._world.leads:
-            content = {"model": model, "optimizers": optimizers, "run": run}
+            content = {"model": model, "optimizers": optimizers, "run": run, "about": self._about}
             self._checkpoints.save(self._run.steps, content)
 
     def whole_model(self) -> SmolLM:

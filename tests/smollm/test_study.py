@@ -40,7 +40,7 @@ def results(data_dir, tmp_path_factory):
 def test_the_results_are_all_there(results):
     names = {path.name for path in results.iterdir()}
     expected = {"ablation_results.json", "report.md", "loss.png", "speed_and_memory.png"}
-    expected |= {"study.toml", "report.html", "trade_offs.png"}
+    expected |= {"study.toml", "report.html", "trade_offs.png", "tokenizer.json"}
     expected |= {f"{m}_model.pt" for m in MECHANISMS} | set(MECHANISMS) | {"console.txt"}
     assert names == expected
     content = json.loads((results / "ablation_results.json").read_text())
