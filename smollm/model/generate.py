@@ -1,7 +1,7 @@
 """Generation: greedy or sampled, batched, with every mechanism's own cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -56,6 +56,7 @@ class Generator(nn.Module):
         top_p: float | None = None,
         eos_token_id: int | None = None,
         use_cache: bool = True,
+        on_token: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Continue each prompt by max_new_tokens tokens, in evaluation mode.
 
@@ -73,6 +74,7 @@ class Generator(nn.Module):
                 all of them.
             eos_token_id: a sequence that has drawn it is filled up with it.
             use_cache: False recomputes the whole sequence for every token.
+            on_token: called with the tokens [B] of each step as soon as they are there.
 
         Returns:
             [B, T + max_new_tokens], the prompts included.
@@ -115,6 +117,8 @@ class Generator(nn.Module):
                     extend(self.encode(ids[:, known], visible, cache=cache)[0])
                 else:
                     next_step()
+                if on_token is not None:
+                    on_token(ids[:, prompt + count])
                 if eos_token_id is not None and count % patience == 0 and bool(finished.all()):
                     break
         return ids

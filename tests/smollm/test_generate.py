@@ -244,6 +244,22 @@ def test_a_finished_sequence_is_filled_with_eos():
     assert (out[0, 6:] == eos).all()
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_tokens_are_told_as_they_are_drawn(use_cache):
+    model, told = build(MODULES["gqa"]()), []
+    ids = torch.randint(VOCAB, (2, 3))
+
+    def tell(token):
+        told.append(token.clone())
+
+    out = model.generate(ids, 5, use_cache=use_cache, on_token=tell)
+    assert torch.equal(torch.stack(told, dim=1), out[:, 3:])
+    told.clear()
+    end = int(out[0, 4])
+    model.generate(ids[:1], 5, use_cache=use_cache, eos_token_id=end, on_token=tell)
+    assert told[-1].item() == end and len(told) <= 2
+
+
 @pytest.mark.parametrize(("probabilities", "top_p", "kept"), [
     ((0.5, 0.3, 0.1, 0.1), 0.8, 2), ((0.7, 0.2, 0.1), 0.7, 1), ((0.4, 0.3, 0.2, 0.1), 0.9, 3),
     ((0.1,) * 10, 0.3, 3), ((0.6, 0.4), 0.61, 2), ((0.6, 0.4), 1e-9, 1),
