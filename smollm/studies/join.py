@@ -5,10 +5,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from smollm.studies import report
+from smollm.studies import OK, report
 from smollm.studies.folder import RESULTS, claimed, read_runs
 from smollm.studies.plan import PLAN
+from smollm.studies.study import Output, say, show
 from smollm.training.record import Run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `train.py report`; returns its exit status, and raises what `write_joined` does."""
+    console = Output()
+    folder, runs = write_joined(argv)
+    show(console, runs)
+    say(console, f"Report in {folder}/")
+    return OK
 
 
 def write_joined(argv: Sequence[str]) -> tuple[Path, list[Run]]:

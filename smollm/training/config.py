@@ -17,6 +17,7 @@ from smollm.model.config import ModelConfig
 from smollm.training.trackers import Tracker
 
 Preset = Literal["cpu", "ablation", "smollm2-135m"]
+Device = Literal["auto", "cpu", "cuda"]
 Variants = Annotated[
     tuple[str, ...],
     tyro.conf.arg(constructor=tuple[Literal[tuple(MECHANISMS)], ...]),  # type: ignore[misc]
@@ -68,7 +69,7 @@ class TrainConfig:
     """Largest gradient norm; inf for no limit."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 8
     """Seeds initialisation and data order, the same for every variant."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """"auto" is a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the forward pass; weights stay fp32. "auto": bfloat16 on a GPU, float32 on a CPU."""
@@ -102,7 +103,8 @@ class Config:
     """Train small language models that differ in attention alone, and compare them.
 
     `train.py study FILE [flags]` takes the flags of a study.toml; `train.py report FOLDER...` joins
-    studies that are done.
+    studies that are done; `train.py sample RUN` continues a prompt with a trained run, and
+    `train.py evaluate RUN` scores it. Each has a --help of its own.
     """
 
     preset: Annotated[Preset, tyro.conf.arg(help_behavior_hint="(default: the machine's)")] = (
