@@ -95,8 +95,8 @@ def save_hf(
         raise FileExistsError(f"path: expected a folder that is new or empty, got {folder}")
     facts = facts_of(model)
     eos = None if tokenizer is None else _end_of(tokenizer, eos_token, facts)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), eos) | {"pad_token_id": None}
-    family, config = _carrier(facts, ids)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), eos)
+    family, config = _carrier(facts, ids | {"pad_token_id": None})  # named there, it learns no more
     weights = family.to_theirs(facts, model.state_dict())
     config.architectures, config.dtype = [family.architecture], model.embed_tokens.weight.dtype
     with new_folder(folder) as staged:
@@ -105,6 +105,8 @@ def save_hf(
         save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             _save_tokenizer(staged, tokenizer, eos_token, facts)
+            generation = load_transformers().GenerationConfig(**ids, pad_token_id=eos)
+            generation.save_pretrained(staged)
     return family.architecture
 
 
@@ -205,4 +207,8 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token: str, facts: F
         eos_token=eos_token,
         pad_token=eos_token,
         model_max_length=facts.max_seq_len,
+        model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    older = {"tokenizer_class": "PreTrainedTokenizerFast"}  # its name before transformers 5, too
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | older)

@@ -189,25 +189,37 @@ def test_only_a_new_or_empty_folder_is_written_to(tmp_path):
     }
 
 
-def test_the_tokenizer_comes_along(tmp_path):
+def bytes_alone():
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["no text"], vocab_size=260, special_tokens=["<|endoftext|>"])
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    tokenizer = bytes_alone()
     save_hf(model_of(mha()), tmp_path / "new", tokenizer=tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
     text = " All of it, 1 \u00fc.\n"
     assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
     assert theirs.decode(tokenizer.encode(text).ids) == text
     config = transformers.AutoConfig.from_pretrained(tmp_path / "new")
-    assert config.eos_token_id == theirs.eos_token_id == tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == end
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (end, end, None)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "new")
+    assert generation.bos_token_id == generation.eos_token_id == generation.pad_token_id == end
     with pytest.raises(ValueError, match="tokenizer: expected at most the model's 97 ids, got 2"):
         save_hf(from_hf(llama(tmp_path)), tmp_path / "other", tokenizer=tokenizer)
 
 
 def test_older_readers_find_the_fields_by_their_older_names(tmp_path):
     scaling = Llama3Scaling(8.0, 1.0, 4.0, 16)
-    save_hf(model_of(mha(rope_theta=500.0, rope_scaling=scaling)), tmp_path / "new")
+    model = model_of(mha(rope_theta=500.0, rope_scaling=scaling))
+    save_hf(model, tmp_path / "new", tokenizer=bytes_alone())
     config = json.loads((tmp_path / "new/config.json").read_text())
     assert config["rope_theta"] == 500.0
     assert config["torch_dtype"] == "float32"
     assert config["rope_scaling"] == {name: x for name, x in LLAMA3.items() if name != "rope_theta"}
+    tokenizer = json.loads((tmp_path / "new/tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
