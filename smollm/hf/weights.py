@@ -105,6 +105,7 @@ def save_hf(
         save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             _save_tokenizer(staged, tokenizer, eos_token, facts)
+            _check_tokenizer(staged, tokenizer, family)
             generation = load_transformers().GenerationConfig(**ids, pad_token_id=eos)
             generation.save_pretrained(staged)
     return family.architecture
@@ -212,3 +213,16 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token: str, facts: F
     file = folder / "tokenizer_config.json"
     older = {"tokenizer_class": "PreTrainedTokenizerFast"}  # its name before transformers 5, too
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | older)
+
+
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, family: Family) -> None:
+    """Refuse one that transformers makes another of, as it does beside some architectures."""
+    theirs = load_transformers().AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    ours, read = (json.loads(x.to_str()) for x in (tokenizer, theirs))
+    parts = ("normalizer", "pre_tokenizer", "model", "decoder")
+    if other := [part for part in parts if ours[part] != read[part]]:
+        raise refusal(
+            "tokenizer",
+            f"one that transformers keeps as it is beside {family.architecture}",
+            f"one of which it replaces {', '.join(other)}",
+        )

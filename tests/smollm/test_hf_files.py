@@ -212,6 +212,19 @@ def test_the_tokenizer_comes_along(tmp_path):
         save_hf(from_hf(llama(tmp_path)), tmp_path / "other", tokenizer=tokenizer)
 
 
+def test_a_tokenizer_that_would_be_read_as_another_is_refused(tmp_path):
+    """Beside a Qwen2 transformers 5 makes every tokenizer split text as Qwen2's."""
+    model = model_of(MultiHeadAttention(32, 4, bias="qkv"))
+    assert save_hf(model, tmp_path / "bare") == "Qwen2ForCausalLM"
+    text = (
+        "tokenizer: expected one that transformers keeps as it is beside Qwen2ForCausalLM, got one "
+        "of which it replaces normalizer, pre_tokenizer"
+    )
+    with pytest.raises(ValueError, match=f"^{text}"):
+        save_hf(model, tmp_path / "new", tokenizer=bytes_alone())
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
 def test_older_readers_find_the_fields_by_their_older_names(tmp_path):
     scaling = Llama3Scaling(8.0, 1.0, 4.0, 16)
     model = model_of(mha(rope_theta=500.0, rope_scaling=scaling))
