@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from smollm.attention.options import LARGEST, Range, check_range
+from smollm.attention.options import LARGEST, Range
 from smollm.studies import OK
+from smollm.studies.choice import Choice
 from smollm.training.checks import check_val_tokens
 from smollm.training.config import Device
 
@@ -17,14 +16,10 @@ if TYPE_CHECKING:
     from smollm.studies.trained import TrainedRun
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Choice):
     """Score a run on held-out documents, as its own validation did."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Weights that a study saved, or a study's folder."""
-    variant: str | None = None
-    """Which run, where the folder has several."""
     corpus: str | None = None
     """A prepared corpus of the run's tokenizer, or NAME=WEIGHT,NAME=WEIGHT; by default the one that
     it was trained on."""
@@ -42,11 +37,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: what is refused. SystemExit: flags that are none.
     """
-    given = tyro.cli(Evaluate, prog="train.py evaluate", args=argv)
-    check_range(given)
-    from smollm.studies.trained import open_run
-
-    run = open_run(given.run, given.variant, given.device)
+    given = Evaluate.parse(argv)
+    run = given.open(given.device)
     corpus = find_corpus(run, given.corpus, given.data_dir)
     measured = score(run, corpus, given.val_tokens)
     print(f"{run.path}, {run.steps:,} steps, on {corpus.name} (sha256 {corpus.sha256[:12]}):")

@@ -4,27 +4,21 @@ import codecs
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from smollm.attention.options import INF, LARGEST, Range, check_range
+from smollm.attention.options import INF, LARGEST, Range
 from smollm.studies import OK
+from smollm.studies.choice import Choice
 from smollm.training.config import Device
 
 if TYPE_CHECKING:
     from smollm.studies.trained import TrainedRun
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, kw_only=True)
+class Sample(Choice):
     """Continue a prompt with what a run has learnt, up to the end of the document."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Weights that a study saved, or a study's folder."""
-    variant: str | None = None
-    """Which run, where the folder has several."""
     prompt: str | None = None
     """What to continue; by default standard input, without the newline at its end. On a terminal
     a new document is begun."""
@@ -48,14 +42,11 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: what is refused. SystemExit: flags that are none.
     """
-    given = tyro.cli(Sample, prog="train.py sample", args=argv)
-    check_range(given)
+    given = Sample.parse(argv)
     prompt = given.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
-    from smollm.studies.trained import open_run
-
-    run = open_run(given.run, given.variant, given.device)
+    run = given.open(given.device)
     try:
         continue_prompt(run, prompt, given, _write)
     except KeyboardInterrupt:

@@ -129,7 +129,7 @@ def test_text_streams_by_whole_characters(folder, monkeypatch):
     cut = "é".encode()[:1]
     tokens = [spelled.index(bytes([byte])) for byte in text.encode() + cut]
     given, written = drawing(monkeypatch, tokens), []
-    options = sample.Sample(folder, max_new_tokens=40, temperature=0.5, top_k=3, top_p=0.25)
+    options = sample.Sample(run=folder, max_new_tokens=40, temperature=0.5, top_k=3, top_p=0.25)
     sample.continue_prompt(trained, "It", options, written.append)
     assert [part for part in written if part] == ["It", *text, "\ufffd"]
     end = trained.about["eos_id"]
