@@ -75,6 +75,8 @@ def continue_prompt(
     ids: list[int] = run.tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids and end is None:
         raise ValueError("prompt: expected text, as the run names no token that begins it, got ''")
+    if len(ids) >= (most := run.model.max_seq_len):
+        raise ValueError(f"prompt: expected fewer than max_seq_len={most} tokens, got {len(ids)}")
     spelled, decoder = spellings(run.tokenizer), codecs.getincrementaldecoder("utf-8")("replace")
     device = run.model.embed_tokens.weight.device
     torch.manual_seed(torch.seed() if options.seed is None else options.seed)

@@ -78,7 +78,10 @@ def open_run(path: Path, variant: str | None, device: str) -> TrainedRun:
 def _choose(folder: Path, variant: str | None) -> str:
     names = trained(folder)
     if not names:
-        raise ValueError(f"{folder}: expected a run's weights or checkpoints in it, got none")
+        raise ValueError(
+            f"run: expected weights or a study's folder, with --variant where it has several runs, "
+            f"got {folder} with none in it"
+        )
     if variant is None and len(names) == 1:
         return names[0]
     if variant not in names:

@@ -15,7 +15,7 @@ from smollm.studies import commands, evaluate, sample
 from smollm.studies.trained import open_run
 from smollm.training import trainer
 
-FLAGS = ["--variants", "gqa", "mga", "--document-mask", "--batch-size=3", "--val-tokens=4000"]
+FLAGS = ["--variants", "gqa", "mga", "--document-mask", "--batch-size=3", "--val-tokens=1000"]
 
 
 @pytest.fixture(scope="module")
@@ -198,12 +198,16 @@ REFUSALS = [
     (["evaluate", "{0}", "--variant=mha"], "variant: expected one of gqa, mga in {0}, got mha"),
     (["sample", "{0}/gqa_model.pt", "--variant=mga"], "variant: expected none beside a file of"),
     (["sample", "{0}/mla_model.pt"], "run: expected weights or a study's folder, got {0}/mla_"),
-    (["sample", "{0}/gqa"], "{0}/gqa: expected a run's weights or checkpoints in it, got none"),
+    (["sample", "{0}/gqa"],
+     "run: expected weights or a study's folder, with --variant where it has several runs, got {0}"
+     "/gqa with none in it"),
     (["sample", "{0}/report.md"], "{0}/report.md: expected a model saved by save_model, got"),
     (["sample", "{0}", "--variant=gqa", "--top-p=2"], "top_p: expected in (0, 1], got 2.0"),
     (["sample", "{0}", "--variant=gqa", "--device=cuda"], "device: expected 'cpu' or 'auto'"),
     (["sample", "{0}", "--variant=gqa", "--prompt=It", "--max-new-tokens=3000"],
      "max_new_tokens: expected at most max_seq_len=2048 tokens with the prompt, got 3001"),
+    (["sample", "{0}", "--variant=gqa", "--prompt", "It" + " is" * 2047],
+     "prompt: expected fewer than max_seq_len=2048 tokens, got 2048"),
     (["evaluate", "{0}", "--variant=gqa", "--val-tokens=9"], "val_tokens: expected >= seq_len=32"),
     (["evaluate", "{0}", "--variant=gqa", "--corpus=pile"], "corpus: expected one prepared under"),
 ]  # fmt: skip
