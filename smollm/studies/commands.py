@@ -12,7 +12,12 @@ from smollm.training.interrupts import Interrupts
 from smollm.training.torchrun import leading
 
 # What is not a study, each MODULE:FUNCTION of this room, given its flags.
-COMMANDS = {"report": "join:main", "sample": "sample:main", "evaluate": "evaluate:main"}
+COMMANDS = {
+    "report": "join:main",
+    "sample": "sample:main",
+    "evaluate": "evaluate:main",
+    "export": "export:main",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

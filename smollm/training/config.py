@@ -103,8 +103,9 @@ class Config:
     """Train small language models that differ in attention alone, and compare them.
 
     `train.py study FILE [flags]` takes the flags of a study.toml; `train.py report FOLDER...` joins
-    studies that are done; `train.py sample RUN` continues a prompt with a trained run, and
-    `train.py evaluate RUN` scores it. Each has a --help of its own.
+    studies that are done; `train.py sample RUN` continues a prompt with a trained run,
+    `train.py evaluate RUN` scores it, and `train.py export RUN` writes it for transformers. Each
+    has a --help of its own.
     """
 
     preset: Annotated[Preset, tyro.conf.arg(help_behavior_hint="(default: the machine's)")] = (

@@ -490,6 +490,15 @@ def test_help_explains_every_flag_and_loads_little():
     assert "--data-files" in help_of("-m", "smollm.data").stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"), [("sample", "--prompt"), ("evaluate", "--corpus"), ("export", "--to")]
+)
+def test_help_for_a_trained_run_loads_little(command, flag):
+    done = help_of("train.py", command)
+    assert f"train.py {command} [-h]" in done.stdout
+    assert flag in done.stdout and "--variant" in done.stdout
+
+
 def test_the_cost_table():
     done = subprocess.run(
         [sys.executable, "-m", "smollm"], cwd=ROOT, capture_output=True, text=True

@@ -7,13 +7,16 @@ import sys
 
 import pytest
 import torch
+import transformers
 from study_cases import run, tiny
 
+from smollm.attention.rope import token_positions
 from smollm.data.tokenizer import spellings
 from smollm.model import SmolLM
-from smollm.studies import commands, evaluate, sample
+from smollm.studies import commands, evaluate, export, sample
 from smollm.studies.trained import open_run
 from smollm.training import trainer
+from smollm.training.loader import Batch
 
 FLAGS = ["--variants", "gqa", "mga", "--document-mask", "--batch-size=3", "--val-tokens=1000"]
 
@@ -107,6 +110,57 @@ def test_a_sample_is_what_the_model_generates(folder, capsys):
         assert commands.main([*command, "--top-k=50", "--top-p=0.9", f"--seed={seed}"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_exported_run_is_transformers_own(folder, tmp_path, capsys):
+    """Its loss on the run's validation is the recorded one, packed as the run packs."""
+    recorded = json.loads((folder / "ablation_results.json").read_text())["runs"]["gqa"]
+    out = tmp_path / "out"
+    assert commands.main(["export", str(folder), "--variant=gqa", f"--to={out}"]) == 0
+    where = f"{folder / 'gqa_model.pt'}, 6 steps"
+    assert capsys.readouterr().out == f"{where}, as LlamaForCausalLM in {out}/\n"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+
+    trained = open_run(folder, "gqa", "cpu")
+    corpus, train = evaluate.find_corpus(trained), trained.measured_by
+    windows = corpus.val.spread(train.batch_size, train.seq_len, train.val_tokens // train.seq_len)
+    nats, targets = 0.0, 0
+    for ids in windows:
+        batch = Batch.of(ids, corpus.eos_id, document_mask=True)
+        positions = token_positions(batch.ids.shape[1], batch.cu_seqlens)[None]
+        labels = batch.ids.masked_fill(positions == 0, -100)
+        with torch.no_grad():
+            loss = model(batch.ids, position_ids=positions, labels=labels, use_cache=False).loss
+        nats += float(loss) * batch.num_targets
+        targets += batch.num_targets
+    assert nats / targets == pytest.approx(recorded["val_loss"], abs=1e-5)
+
+    text = "def it():  # 12345 caf\u00e9s\n\n\treturn 'That'll do' <|endoftext|>"
+    ids = trained.tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == model.config.eos_token_id == corpus.eos_id
+
+
+def test_export_names_the_end_that_the_run_had(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "study")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary, added = content["model"]["vocab"], content["added_tokens"][0]
+    vocabulary["<|end|>"] = vocabulary.pop("<|endoftext|>")
+    added["content"] = "<|end|>"
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    export.export(open_run(other, "gqa", "cpu"), tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|end|>"
+
+
+def test_export_without_transformers_says_so(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    path = str(folder / "gqa_model.pt")
+    assert commands.main(["export", path, f"--to={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: transformers: expected it to be installed (pip install -e ")
+    assert not any(tmp_path.iterdir())
 
 
 def drawing(monkeypatch, tokens):
@@ -210,6 +264,9 @@ REFUSALS = [
      "prompt: expected fewer than max_seq_len=2048 tokens, got 2048"),
     (["evaluate", "{0}", "--variant=gqa", "--val-tokens=9"], "val_tokens: expected >= seq_len=32"),
     (["evaluate", "{0}", "--variant=gqa", "--corpus=pile"], "corpus: expected one prepared under"),
+    (["export", "{0}", "--variant=gqa", "--to={0}"], "path: expected a folder that is new or"),
+    (["export", "{0}", "--variant=mga", "--to={0}/out"],
+     "model: expected a mechanism of transformers: MHA, GQA or MLA, got MultiHeadGeneticAttention"),
 ]  # fmt: skip
 
 
