@@ -212,7 +212,7 @@ def _problem(width: int, dtype: torch.dtype, rope: int, packed: bool = False) ->
     k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
     sinks = _meta(9, dtype=torch.float32) if packed and not rope else None
     offsets = _meta(5, dtype=torch.int32) if packed else None
-    return Problem(q, k, v, q_rope, k_rope, sinks, offsets, scale, window_size=1024)
+    return Problem(q, k, v, q_rope, k_rope, sinks, None, offsets, scale, window_size=1024)
 
 
 def ranked_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> dict[str, list[Row]]:
@@ -273,7 +273,7 @@ def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> lis
         for q_tokens in (1, 2 if rope else 8, 64):
             q = _meta(8, q_tokens, 9, width, dtype=dtype)
             q_rope = _meta(8, q_tokens, 9, rope, dtype=dtype) if rope else None
-            launch_decode(q, k, v, q_rope, k_rope, lengths, None, None, width**-0.5)
+            launch_decode(q, k, v, q_rope, k_rope, lengths, None, None, None, width**-0.5)
     return rows
 
 

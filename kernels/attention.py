@@ -14,9 +14,9 @@ from kernels.operators import operator
 
 PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_rope, Tensor? k_rope, Tensor? sinks, "
-    "Tensor? cu_seqlens, float scale, bool causal, int? window_size"
+    "Tensor? key_bias, Tensor? cu_seqlens, float scale, bool causal, int? window_size"
 )
-TENSORS = Problem._fields.index("scale")
+TENSORS, KEY_BIAS = map(Problem._fields.index, ("scale", "key_bias"))
 
 
 def _forward_results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,10 @@ def _forward_results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, 
 
 @operator(f"forward({PROBLEM}) -> (Tensor, Tensor)", fake=_forward_results, folds=True)
 def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, parts, Tq] of a `Problem`."""
+    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, parts, Tq] of a `Problem`.
+
+    With a bias of the keys, each query's lse is less that of its own key.
+    """
     from kernels.core.forward import launch_forward
 
     return launch_forward(Problem(*problem))
@@ -33,21 +36,24 @@ def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
 
 def _backward_results(*arguments: Any) -> tuple[Tensor, ...]:
     *problem, _o, lse_log2, _do, _dlse_log2, with_excess = arguments
-    q = problem[0]
+    q, key_bias = problem[0], problem[KEY_BIAS]
     gradients = (q.new_empty((0,) * 4 if x is None else x.shape) for x in problem[:5])
-    delta = torch.empty_like(lse_log2[:, :, 0])
-    excess = delta.new_empty(delta.shape if with_excess else (0,) * 3)
-    return *gradients, delta, excess
+    delta, nothing = torch.empty_like(lse_log2[:, :, 0]), (0,) * 3
+    dkey_bias = delta.new_empty(nothing if key_bias is None else key_bias.shape)
+    return *gradients, dkey_bias, delta, delta.new_empty(delta.shape if with_excess else nothing)
 
 
 @operator(
     f"backward({PROBLEM}, Tensor o, Tensor lse_log2, Tensor do, Tensor? dlse_log2, "
-    "bool with_excess) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool with_excess) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_results,
     folds=True,
 )
 def core_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dq_rope, dk_rope, delta = <do, o> - dlse, and excess = sum_j dS [B, HQ, Tq]."""
+    """dq, dk, dv, dq_rope, dk_rope, dkey_bias, delta = <do, o> - dlse and excess = sum_j dS.
+
+    The last two are [B, HQ, Tq], delta of o unrounded where there are sinks or a bias.
+    """
     from kernels.core.backward import launch_backward
 
     *problem, o, lse_log2, do, dlse_log2, with_excess = arguments
@@ -75,24 +81,16 @@ class _AttentionFunction(Function):
         *tensors, o, lse_log2 = ctx.saved_tensors
         problem = Problem(*tensors, *ctx.plain)
         dlse_log2 = dlse_log2 if ctx.with_lse else None
-        *own, delta, excess = gradients(
-            core_backward, *problem, o, lse_log2, do, dlse_log2, problem.sinks is not None
+        *own, dkey_bias, delta, _ = gradients(
+            core_backward, *problem, o, lse_log2, do, dlse_log2, False
         )
         present = (d if x is not None else None for x, d in zip(problem, own, strict=False))
-        dsinks = None
-        if problem.sinks is not None:  # -P_sink delta, summed over queries, but of o unrounded:
-            # the excess of the other keys is sum_j P_j dP_j - (1 - P_sink) delta
-            sinks_log2 = problem.sinks.float() * math.log2(math.e)
-            finite = lse_log2[:, :, 0].clamp(
-                min=torch.finfo(torch.float32).min
-            )  # sinks may be -inf too
-            weights = torch.exp2(sinks_log2[:, None] - finite)  # [B, HQ, Tq]
-            exact = excess + (1 - weights) * delta
-            if dlse_log2 is not None:
-                exact -= dlse_log2[:, :, 0] * math.log2(math.e)
-            dsinks = -(weights * exact).sum((0, 2)).to(problem.sinks.dtype)
-        rest = (None,) * (len(problem) - len(own) - 1)
-        return None, *present, dsinks, *rest
+        dsinks, weights = None, problem.sink_weights(lse_log2)
+        if problem.sinks is not None and weights is not None:
+            dsinks = -(weights * delta).sum((0, 2)).to(problem.sinks.dtype)
+        dbias = None if problem.key_bias is None else dkey_bias.to(problem.key_bias.dtype)
+        rest = (None,) * (len(problem) - len(own) - 2)
+        return None, *present, dsinks, dbias, *rest
 
 
 class _Joined(torch.autograd.Function):
@@ -128,6 +126,7 @@ def attention(
     scale: float | None = ...,
     cu_seqlens: Tensor | None = ...,
     sinks: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     impl: checks.Impl = ...,
 ) -> Tensor: ...
@@ -142,6 +141,7 @@ def attention(
     scale: float | None = ...,
     cu_seqlens: Tensor | None = ...,
     sinks: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
     return_lse: Literal[True],
     impl: checks.Impl = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -156,10 +156,11 @@ def attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
     return_lse: bool = False,
     impl: checks.Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention: o_i = sum_j softmax_j(scale <q_i, k_j>) v_j over the keys i sees.
+    """Softmax attention: o_i = sum_j softmax_j(scale <q_i, k_j> + b_j) v_j over the keys i sees.
 
     Counted from the end of both sequences, query t sees key s when 0 <= t - s < window_size.
     With window_size=3 and four tokens:
@@ -183,6 +184,10 @@ def attention(
             only their own sequence. Default None.
         sinks: [HQ], a learned logit per head that joins the softmax, and so the lse, and
             carries no value; -inf is none, inf and nan give nan. Default None.
+        key_bias: b [B, Tk, HQ], or [1, Tk, HQ] for all, fp32 or fp64: added to a query head's
+            scores of a key; -inf hides it. Default None, for 0. Differences alone count, so that
+            slope * position is ALiBi and a running sum of gates forgets; they are what is computed
+            with, and in fp64 they keep the digits of fp32 at any length.
         return_lse: also return the log-sum-exp of the scores. Default False.
         impl: "triton", "sdpa", "eager", or "auto" (default): Triton for CUDA tensors, PyTorch's
             fused attention by blocks for CPU tensors, else eager. Triton takes fp16, bf16 and
@@ -212,15 +217,19 @@ def attention(
         scale=scale,
         cu_seqlens=cu_seqlens,
         sinks=sinks,
+        key_bias=key_bias,
     )
     window_size = checks.bounded(window_size)
     way = checks.implementation(impl, {"q": q, "k": k, "v": v})
     if way != "eager":
+        if key_bias is not None:
+            key_bias = key_bias.expand(q.shape[0], -1, -1)
         problem = Problem(
             q,
             k,
             v,
             sinks=sinks,
+            key_bias=key_bias,
             cu_seqlens=cu_seqlens,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             causal=causal,
@@ -230,7 +239,11 @@ def attention(
             o, lse = sdpa.attention(problem, with_dlse=return_lse)
             return (o, lse) if return_lse else o
         o, lse_log2 = fused_attention(problem, with_lse=return_lse)
-        return (o, math.log(2) * lse_log2[:, :, 0].transpose(1, 2)) if return_lse else o
+        if not return_lse:
+            return o
+        lse = math.log(2) * lse_log2[:, :, 0].transpose(1, 2)
+        own_bias = problem.own_bias
+        return o, lse if own_bias is None else (lse + own_bias).float()
     o, lse = reference.attention(
         q,
         k,
@@ -240,6 +253,7 @@ def attention(
         scale=scale,
         cu_seqlens=cu_seqlens,
         sinks=sinks,
+        key_bias=key_bias,
     )
     if not return_lse:
         return o

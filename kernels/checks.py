@@ -16,6 +16,7 @@ from kernels.tensors import (
     KERNEL_FLOATS,
     Sizes,
     alike,
+    bias,
     floating,
     head_groups,
     multiple,
@@ -49,6 +50,7 @@ def attention(
     scale: float | None,
     cu_seqlens: Tensor | None,
     sinks: Tensor | None,
+    key_bias: Tensor | None,
 ) -> None:
     """Check the arguments of `kernels.attention`."""
     sizes: Sizes = {}
@@ -58,6 +60,7 @@ def attention(
     head_groups(sizes)
     alike(q=q, k=k, v=v)
     _sinks(sinks, q, sizes)
+    bias("key_bias", key_bias, "Tk HQ", q, sizes)
     _causal(causal)
     _window(window_size, causal)
     _scale(scale)
@@ -80,6 +83,7 @@ def latent_attention(
     window_size: int | None,
     scale: float | None,
     cu_seqlens: Tensor | None,
+    key_bias: Tensor | None,
 ) -> None:
     """Check the arguments of `kernels.latent_attention`."""
     sizes: Sizes = {}
@@ -91,6 +95,7 @@ def latent_attention(
         shape("q_rope", q_rope, "B T H D_ROPE", sizes)
         shape("k_rope", k_rope, "B T D_ROPE", sizes)
     alike(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
+    bias("key_bias", key_bias, "T H", v, sizes)
     _causal(causal)
     _window(window_size, causal)
     _scale(scale)
@@ -213,6 +218,7 @@ def attention_decode(
     window_size: int | None,
     scale: float | None,
     sinks: Tensor | None,
+    key_bias: Tensor | None,
 ) -> None:
     """Check the arguments of `kernels.attention_decode`."""
     sizes: Sizes = {}
@@ -222,6 +228,7 @@ def attention_decode(
     head_groups(sizes)
     alike(q=q, k_cache=k_cache, v_cache=v_cache)
     _sinks(sinks, q, sizes)
+    bias("key_bias", key_bias, "S HQ", q, sizes)
     _cache_lengths(cache_lengths, sizes, q.device)
     _window(window_size, causal=True)
     _scale(scale)
@@ -237,6 +244,7 @@ def latent_decode(
     *,
     window_size: int | None,
     scale: float,
+    key_bias: Tensor | None,
 ) -> None:
     """Check the arguments of `kernels.latent_decode`."""
     sizes: Sizes = {}
@@ -248,6 +256,7 @@ def latent_decode(
         shape("q_rope", q_rope, f"B {tokens}H D_ROPE", sizes)
         shape("rope_cache", rope_cache, "B S D_ROPE", sizes)
     alike(q_latent=q_latent, q_rope=q_rope, latent_cache=latent_cache, rope_cache=rope_cache)
+    bias("key_bias", key_bias, "S H", q_latent, sizes)
     _cache_lengths(cache_lengths, sizes, q_latent.device)
     _window(window_size, causal=True)
     _scale(scale)

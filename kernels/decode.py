@@ -17,7 +17,8 @@ def _decode_results(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *_: Any)
 
 @operator(
     "decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor? q_rope, Tensor? rope_cache, "
-    "Tensor cache_lengths, Tensor? sinks, int? window_size, float scale) -> Tensor",
+    "Tensor cache_lengths, Tensor? sinks, Tensor? key_bias, int? window_size, float scale)"
+    " -> Tensor",
     fake=_decode_results,
 )
 def _decode(*arguments: Any) -> Tensor:
@@ -46,7 +47,7 @@ def _select_decode(*arguments: Any) -> Tensor:
     *genes, k_cache, v_cache = arguments
     q = launch_gene_decode(*genes)
     lengths, window_size, _ = genes[-3:]
-    return launch_decode(q, k_cache, v_cache, None, None, lengths, None, window_size, 1.0)
+    return launch_decode(q, k_cache, v_cache, None, None, lengths, None, None, window_size, 1.0)
 
 
 def _without_gradients(operator: Any, *arguments: Any) -> Tensor:
@@ -66,9 +67,10 @@ def attention_decode(
     window_size: int | None = None,
     scale: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
     impl: checks.Impl = "auto",
 ) -> Tensor:
-    """Attention of the newest tokens to a cache: o = sum_s softmax_s(scale <q, k_s>) v_s.
+    """Attention of the newest tokens to a cache: o = sum_s softmax_s(scale <q, k_s> + b_s) v_s.
 
     The cache is a ring: the token at position p stands at row p % S, so of a sequence longer
     than S its last S tokens are there. The token at position p sees positions s with
@@ -85,6 +87,7 @@ def attention_decode(
         window_size: keys that a query sees, its own included; None (default) is unlimited.
         scale: factor > 0 on the scores. Default D_QK ** -0.5.
         sinks: [HQ], a logit per head that joins the softmax and carries no value.
+        key_bias: b [B, S, HQ], or [1, S, HQ] for all, of the cache's rows, as in `attention`.
         impl: "triton", "sdpa", "eager", or "auto" (default): Triton for CUDA tensors, PyTorch's
             fused attention over the rows in use for CPU tensors none of which asks for its
             gradient, else eager. Types, widths and strides that Triton takes are those of
@@ -100,7 +103,14 @@ def attention_decode(
     Source: keys split over programs as in Flash-Decoding (Dao et al., 2023).
     """
     checks.attention_decode(
-        q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
+        q,
+        k_cache,
+        v_cache,
+        cache_lengths,
+        window_size=window_size,
+        scale=scale,
+        sinks=sinks,
+        key_bias=key_bias,
     )
     window_size = checks.bounded(window_size)
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
@@ -109,9 +119,17 @@ def attention_decode(
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         caches = k_cache, v_cache, None, None, cache_lengths
         decode = sdpa.decode if way == "sdpa" else _decode
-        return _without_gradients(decode, q, *caches, sinks, window_size, scale)
+        bias = None if key_bias is None else key_bias.expand(q.shape[0], -1, -1)
+        return _without_gradients(decode, q, *caches, sinks, bias, window_size, scale)
     return reference.attention_decode(
-        q, k_cache, v_cache, cache_lengths, window_size=window_size, scale=scale, sinks=sinks
+        q,
+        k_cache,
+        v_cache,
+        cache_lengths,
+        window_size=window_size,
+        scale=scale,
+        sinks=sinks,
+        key_bias=key_bias,
     )
 
 
@@ -125,6 +143,7 @@ def latent_decode(
     *,
     window_size: int | None = None,
     scale: float,
+    key_bias: Tensor | None = None,
     impl: checks.Impl = "auto",
 ) -> Tensor:
     """MLA's newest tokens, absorbed: scores and values straight from the latent cache.
@@ -143,6 +162,7 @@ def latent_decode(
         cache_lengths: int32 [B], tokens of each sequence so far, those of q included.
         window_size: rows that a query sees, its own included; None (default) is unlimited.
         scale: factor > 0 on the scores; required, since the widths here do not determine it.
+        key_bias: [B, S, H], or [1, S, H] for all, of the cache's rows, as in `attention`.
         impl: as in `attention_decode`. Triton takes latents of up to 512, which with q_rope fill
             at most 576 columns of tiles (512 + 64).
 
@@ -162,6 +182,7 @@ def latent_decode(
         cache_lengths,
         window_size=window_size,
         scale=scale,
+        key_bias=key_bias,
     )
     window_size = checks.bounded(window_size)
     inputs = {
@@ -174,7 +195,8 @@ def latent_decode(
     if way != "eager":
         decode = sdpa.decode if way == "sdpa" else _decode
         caches = latent_cache, None, q_rope, rope_cache, cache_lengths
-        return _without_gradients(decode, q_latent, *caches, None, window_size, scale)
+        bias = None if key_bias is None else key_bias.expand(q_latent.shape[0], -1, -1)
+        return _without_gradients(decode, q_latent, *caches, None, bias, window_size, scale)
     return reference.latent_decode(
         q_latent,
         q_rope,
@@ -183,6 +205,7 @@ def latent_decode(
         cache_lengths,
         window_size=window_size,
         scale=scale,
+        key_bias=key_bias,
     )
 
 
@@ -275,4 +298,4 @@ def genetic_decode(
         rope=rope,
     )
     caches = k_cache, v_cache, None, None, cache_lengths
-    return _without_gradients(sdpa.decode, q, *caches, None, window_size, 1.0)
+    return _without_gradients(sdpa.decode, q, *caches, None, None, window_size, 1.0)

@@ -20,6 +20,7 @@ def latent_attention(
     window_size: int | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    key_bias: Tensor | None = None,
     impl: checks.Impl = "auto",
 ) -> Tensor:
     """Attention with scores scale (<q_nope_i, k_nope_j> + <q_rope_i, k_rope_j>).
@@ -34,6 +35,7 @@ def latent_attention(
         window_size: keys that a query sees, its own included; None (default) is unlimited.
         scale: factor > 0 on the scores. Default (D_NOPE + D_ROPE) ** -0.5.
         cu_seqlens: int32 [N+1], offsets of N sequences packed into B = 1. Default None.
+        key_bias: [B, T, H], or [1, T, H] for all, as in `attention`. Default None.
         impl: as in `attention`, but that "sdpa" copies the shared key to every head. In Triton
             q_nope and q_rope together fill at most 256 columns of tiles (192 + 64, 128 + 128).
 
@@ -55,6 +57,7 @@ def latent_attention(
         window_size=window_size,
         scale=scale,
         cu_seqlens=cu_seqlens,
+        key_bias=key_bias,
     )
     window_size = checks.bounded(window_size)
     inputs = {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v}
@@ -69,6 +72,7 @@ def latent_attention(
             v,
             q_rope,
             k_rope,
+            key_bias=None if key_bias is None else key_bias.expand(v.shape[0], -1, -1),
             cu_seqlens=cu_seqlens,
             scale=scale,
             causal=causal,
@@ -85,4 +89,5 @@ def latent_attention(
         window_size=window_size,
         scale=scale,
         cu_seqlens=cu_seqlens,
+        key_bias=key_bias,
     )

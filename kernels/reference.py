@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from kernels.autocast import product, without_autocast
+from kernels.core.problem import bias_of
 from kernels.derivatives import ask_for_gradients, is_traced
 
 
@@ -118,8 +119,9 @@ def attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o = softmax(scale q k^T) v over visible keys, and the lse: oracle of `kernels.attention`."""
+    """o = softmax(scale q k^T + bias) v over visible keys, and the lse: oracle of `attention`."""
     t_q, t_k = q.shape[1], k.shape[1]
     k_pos = torch.arange(t_k, device=q.device)
     q_pos = torch.arange(t_k - t_q, t_k, device=q.device)  # both sequences end together
@@ -132,7 +134,7 @@ def attention(
         q_sequence=sequence,
         k_sequence=sequence,
     )
-    return _attend(q, k, v, seen[None], scale, sinks)
+    return _attend(q, k, v, seen[None], scale, sinks, key_bias, q_pos[None])
 
 
 def attention_decode(
@@ -144,19 +146,26 @@ def attention_decode(
     window_size: int | None = None,
     scale: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """The newest tokens against their cache: oracle of `kernels.attention_decode`."""
-    tokens = q if q.dim() == 4 else q[:, None]
-    seen = _seen_rows(cache_lengths, tokens.shape[1], k_cache.shape[1], window_size)
-    o, _ = _attend(tokens, k_cache, v_cache, seen, scale, sinks)
+    tokens, rows = q if q.dim() == 4 else q[:, None], k_cache.shape[1]
+    seen = _seen_rows(cache_lengths, tokens.shape[1], rows, window_size)
+    own_row = _newest_positions(cache_lengths, tokens.shape[1]) % max(rows, 1)
+    o, _ = _attend(tokens, k_cache, v_cache, seen, scale, sinks, key_bias, own_row)
     return o.view(*q.shape[:-1], o.shape[-1])
 
 
 def _seen_rows(lengths: Tensor, q_tokens: int, rows: int, window_size: int | None) -> Tensor:
     """Which rows of its sequence's ring each of the newest tokens sees, boolean [B, Tq, rows]."""
-    q_pos = lengths[:, None] - q_tokens + torch.arange(q_tokens, device=lengths.device)
+    q_pos = _newest_positions(lengths, q_tokens)
     k_pos = ring_positions(lengths, rows)
     return visible(q_pos, k_pos, window_size=window_size) & (k_pos >= 0)[:, None]
+
+
+def _newest_positions(lengths: Tensor, tokens: int) -> Tensor:
+    """Positions of the newest tokens of each sequence, [B, Tq]."""
+    return lengths[:, None] - tokens + torch.arange(tokens, device=lengths.device)
 
 
 def ring_positions(lengths: Tensor, rows: int) -> Tensor:
@@ -184,20 +193,16 @@ def latent_attention(
     window_size: int | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention over q = [nope | rope], k = [nope | shared rope]: oracle of MLA as trained."""
     if q_rope is not None and k_rope is not None:
         shared = repeat(k_rope, "b t d -> b t h d", h=k_nope.shape[2])
         q_nope, k_nope = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, shared), dim=-1)
     o, _ = attention(
-        q_nope,
-        k_nope,
-        v,
-        causal=causal,
-        window_size=window_size,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-    )
+        q_nope, k_nope, v, causal=causal, window_size=window_size, scale=scale,
+        cu_seqlens=cu_seqlens, key_bias=key_bias,
+    )  # fmt: skip
     return o
 
 
@@ -210,18 +215,15 @@ def latent_decode(
     *,
     window_size: int | None = None,
     scale: float,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """MLA absorbed: K = [latent | rope] and V = latent are one head that every query shares."""
     q, k = q_latent, latent_cache
     if q_rope is not None and rope_cache is not None:
         q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, rope_cache), dim=-1)
+    k, v = k[:, :, None], latent_cache[:, :, None]
     return attention_decode(
-        q,
-        k[:, :, None],
-        latent_cache[:, :, None],
-        cache_lengths,
-        window_size=window_size,
-        scale=scale,
+        q, k, v, cache_lengths, window_size=window_size, scale=scale, key_bias=key_bias
     )
 
 
@@ -366,6 +368,8 @@ def _attend(
     seen: Tensor,  # boolean [B or 1, Tq, Tk]
     scale: float | None,
     sinks: Tensor | None,
+    key_bias: Tensor | None,  # [B or 1, Tk, HQ]
+    own_key: Tensor,  # [B or 1, Tq], place of each query's own key
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the seen keys, and its lse [B, Tq, HQ]."""
     heads, precise = q.shape[2], accumulator(q)
@@ -375,6 +379,11 @@ def _attend(
     k = repeat(k, "b j h d -> b (h g) d j", g=heads // max(1, k.shape[2])).to(precise)
     v = repeat(v, "b j h d -> b (h g) j d", g=heads // max(1, v.shape[2]))
     scores = product(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    own_bias = None
+    if key_bias is not None:  # less that of the query's own key, or large ones would lose digits
+        own_bias = bias_of(key_bias, own_key)
+        distance = key_bias[:, None] - own_bias[:, :, None]
+        scores = scores + rearrange(distance, "b i j h -> b h i j").to(precise)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
 
     # A row that sees nothing must give zeros and finite gradients, so its pivot stays finite
@@ -384,6 +393,8 @@ def _attend(
         pivot = torch.maximum(pivot, scores.detach().amax(dim=-1, keepdim=True))
     if sinks is not None:
         sinks = sinks.to(precise)[:, None, None]  # a key of no value that every query sees
+        if own_bias is not None:
+            sinks = (sinks - rearrange(own_bias, "b i h -> b h i 1")).to(precise)
         pivot = torch.maximum(pivot, sinks.detach())
     weights = torch.exp(scores - pivot)
     total = weights.sum(dim=-1, keepdim=True)
@@ -395,7 +406,10 @@ def _attend(
     weights, unit = weights / total, total.detach()  # a row's largest weight, times that, is 1
     weights = (weights * unit).to(v.dtype).to(precise) / unit  # so that it is never rounded
     o = product(weights, v.to(precise))
-    return rearrange(o, "b h i d -> b i h d").to(v.dtype), rearrange(lse, "b h i 1 -> b i h")
+    lse = rearrange(lse, "b h i 1 -> b i h")
+    if own_bias is not None:
+        lse = (lse + own_bias).to(precise)
+    return rearrange(o, "b h i d -> b i h d").to(v.dtype), lse
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 `kernels.reference` holds the scores of all pairs; here a block of queries meets the interval of
 keys that one of them sees, so that memory and, under a window, time are linear in T. Numbers are in
-fp32, or fp64 for fp64 inputs, throughout.
+fp32, or fp64 for fp64 inputs or a bias of keys, throughout.
 """
 
 from functools import lru_cache, partial
@@ -15,7 +15,7 @@ from einops import repeat
 from torch import Tensor
 
 from kernels import reference
-from kernels.core.problem import Problem
+from kernels.core.problem import Problem, bias_of
 from kernels.derivatives import Function, ask_for_gradients, gradients, is_traced, run
 from kernels.operators import operator
 from kernels.sums import window_sums
@@ -23,6 +23,7 @@ from kernels.sums import window_sums
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _FEWEST_QUERIES, _MOST_QUERIES = 64, 256  # of a block under a window
+_HIDDEN = -1e100  # a finite bias, as the lse that PyTorch gives rows of -inf alone is 0
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool causal, int? window"
 
 
@@ -208,23 +209,33 @@ def attention(
     The lse has a gradient only if asked to. With the excess, for as many queries as keys, dq leaves
     out what rounding makes of sum_j dS = 0, as far as the keys are like the query's own.
     """
-    sinks, call = problem.sinks, _arguments(problem)
+    sinks, key_bias = problem.sinks, problem.key_bias
+    if key_bias is not None:
+        problem = problem._replace(key_bias=key_bias.double().clamp(min=_HIDDEN))
+    call = _arguments(problem)
     if ask_for_gradients(*call[:3]):
         o, lse = run(_AttentionFunction, with_dlse or sinks is not None, with_excess, *call)
     else:
         o, lse = _forward(*call)
     o = o[..., : problem.v.shape[-1]]
+    if key_bias is not None:
+        sees_any = lse > _HIDDEN / 2
+        o, lse = torch.where(sees_any[..., None], o, 0.0), torch.where(sees_any, lse, -torch.inf)
     if sinks is not None:
         o, lse = _with_sinks(o, lse, sinks)
-    return o.to(problem.v.dtype), lse
+    return o.to(problem.v.dtype), lse.to(reference.accumulator(problem.q))
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     """The problem, but its sinks, as `_by_blocks` takes it."""
-    q, k, v, q_rope, k_rope, _sinks, *plain = problem
+    q, k, v, q_rope, k_rope, _sinks, key_bias, *plain = problem
     if q_rope is not None and k_rope is not None:
         shared = repeat(k_rope, "b t d -> b t h d", h=k.shape[2])
         q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, shared), dim=-1)
+    if key_bias is not None:  # one more column of keys, in fp64 as they may differ by much
+        k = k.repeat_interleave(q.shape[2] // max(1, k.shape[2]), dim=2)
+        column = (key_bias.double() / problem.scale)[..., None]
+        q, k = F.pad(q.double(), (0, 1), value=1.0), torch.cat((k.double(), column), dim=-1)
     return *_operands(q, k, v), *plain
 
 
@@ -269,6 +280,7 @@ def _decode(
     rope_cache: Tensor | None,
     cache_lengths: Tensor,
     sinks: Tensor | None,
+    key_bias: Tensor | None,
     window_size: int | None,
     scale: float,
 ) -> Tensor:
@@ -285,11 +297,13 @@ def _decode(
             rope_cache,
             cache_lengths,
             sinks,
+            key_bias,
             window_size,
             scale,
         )
         return tokens[:, 0]
-    tensors, rest = (q, k_cache, v_cache, q_rope, rope_cache), (sinks, window_size, scale)
+    tensors = q, k_cache, v_cache, q_rope, rope_cache, key_bias
+    rest = sinks, window_size, scale
     if lengths.count(lengths[0]) == len(lengths):
         return _decode_equal(lengths[0], *tensors, *rest)
     alone = ([None] * len(lengths) if x is None else torch.split(x, 1) for x in tensors)
@@ -300,7 +314,8 @@ def _decode(
 
 _decode_operator = operator(
     "sdpa_decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor? q_rope, Tensor? rope_cache, "
-    "Tensor cache_lengths, Tensor? sinks, int? window_size, float scale) -> Tensor",
+    "Tensor cache_lengths, Tensor? sinks, Tensor? key_bias, int? window_size, float scale)"
+    " -> Tensor",
     fake=_new_output,
 )(_decode)
 
@@ -318,6 +333,7 @@ def _decode_equal(
     v_cache: Tensor | None,
     q_rope: Tensor | None,
     rope_cache: Tensor | None,
+    key_bias: Tensor | None,
     sinks: Tensor | None,
     window_size: int | None,
     scale: float,
@@ -331,14 +347,22 @@ def _decode_equal(
         q = torch.cat((q, q_rope), dim=-1)
         k = torch.cat((k, _newest(rope_cache, length, count, tokens)[:, :, None]), dim=-1)
     v = k if v_cache is None else _newest(v_cache, length, count, tokens)
+    bias = None if key_bias is None else _newest(key_bias, length, count, tokens)
     o: Tensor
     if tokens == 1 and count:  # it sees all keys, so that the heads of a group pass for its tokens
         grouped, *in_use = _operands(q, k, v)
         grouped = grouped.reshape(batch, k.shape[2], heads // k.shape[2], -1)
-        o, lse = _flash(grouped, *_heads_first(*in_use), scale=scale)
+        mask = None
+        if key_bias is not None and bias is not None:
+            newest = torch.full((batch, 1), (length - 1) % k_cache.shape[1])
+            own = bias_of(key_bias, newest)
+            mask = (bias - own).to(grouped.dtype).transpose(1, 2).reshape(*grouped.shape[:3], count)
+            sinks = None if sinks is None else sinks - own
+        o, lse = _flash(grouped, *_heads_first(*in_use), attn_mask=mask, scale=scale)
         o = o.reshape(batch, 1, heads, -1)
     else:
-        o, lse = _by_blocks(*_arguments(Problem(q, k, v, scale=scale, window_size=window_size)))
+        problem = Problem(q, k, v, key_bias=bias, scale=scale, window_size=window_size)
+        o, lse = _by_blocks(*_arguments(problem))
     if sinks is not None:
         o, _ = _with_sinks(o, lse.reshape(batch, tokens, heads), sinks)
     d_v = (k_cache if v_cache is None else v_cache).shape[-1]

@@ -113,6 +113,21 @@ def floating(name: str, x: Tensor | None) -> None:
         raise TypeError(f"{name}: expected a floating type {_FLOATS}, got {x.dtype}")
 
 
+def bias(name: str, x: Tensor | None, symbols: str, q: Tensor, sizes: Sizes) -> None:
+    """A term of q's scores, of each batch or one for all, in fp32 or fp64, if there is one.
+
+    Raises:
+        ValueError, TypeError: another shape, type or device.
+    """
+    if x is None:
+        return
+    tensor(name, x)
+    shape(name, x, f"{1 if x.shape[:1] == (1,) else 'B'} {symbols}", sizes)
+    same_device(q=q, **{name: x})
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected torch.float32 or torch.float64, got {x.dtype}")
+
+
 def same_device(**tensors: Tensor | None) -> None:
     """Refuse a tensor on another device than the first one's with a ValueError."""
     first, device = next((name, x.device) for name, x in tensors.items() if x is not None)

@@ -32,6 +32,18 @@ def _random_parts(
     return [x.contiguous() if contiguous else x for x in torch.split(joined, widths, dim=-1)]
 
 
+def _key_bias(
+    of: float | None, tokens: int, heads: int, batch: int, dtype: torch.dtype, device: str
+) -> Tensor | None:
+    """Normal numbers beside a slope; fp64 from `of` on, where fp32 has no digits for them."""
+    if of is None:
+        return None
+    position = of + torch.arange(tokens, dtype=torch.float64, device=device)[:, None]
+    slope = 0.3 / (1 + torch.arange(heads, device=device))
+    bias = position * slope + torch.randn(batch, tokens, heads, device=device)
+    return bias if of else bias.to(torch.promote_types(dtype, torch.float32))
+
+
 def _offsets(lengths: tuple[int, ...] | None, device: str) -> Tensor | None:
     if lengths is None:
         return None
@@ -56,6 +68,7 @@ class AttentionCase:
     scale: float | None = None
     lengths: tuple[int, ...] | None = None  # packed sequences
     sinks: bool = False
+    bias: float | None = None  # of keys, from this position on
     contiguous: bool = True
 
     @property
@@ -82,6 +95,7 @@ class AttentionCase:
             "v": draw(self.batch, k_tokens, v_heads, self.d_v),
             "cu_seqlens": _offsets(self.lengths, device),
             "sinks": torch.randn(self.q_heads, device=device) if self.sinks else None,
+            "key_bias": _key_bias(self.bias, k_tokens, self.q_heads, self.batch, dtype, device),
         }
 
 
@@ -128,6 +142,16 @@ ATTENTION_CASES = [
         "sinks-rows-without-keys", q_tokens=30, k_tokens=20, q_heads=32, width=16, sinks=True
     ),
     AttentionCase("scale", q_tokens=65, scale=0.3),
+    AttentionCase("bias", q_tokens=140, q_heads=6, k_heads=2, width=16, bias=0.0),
+    AttentionCase("bias-late", batch=2, q_tokens=65, window_size=40, bias=131_072.0),
+    AttentionCase("bias-packed", q_tokens=150, lengths=(70, 1, 0, 79), bias=0.0),
+    AttentionCase("bias-fewer-queries", q_tokens=33, k_tokens=130, window_size=40, bias=0.0),
+    AttentionCase("bias-rows-without-keys", q_tokens=80, k_tokens=30, bias=0.0),
+    AttentionCase("bias-bidirectional", q_tokens=65, causal=False, bias=0.0),
+    AttentionCase(
+        "bias-value-heads", q_tokens=40, q_heads=8, k_heads=4, v_heads=2, width=24, bias=0.0
+    ),
+    AttentionCase("bias-sinks", q_tokens=33, q_heads=32, k_heads=8, width=16, sinks=True, bias=0.0),
 ]
 
 
@@ -146,6 +170,7 @@ class LatentCase:
     window_size: int | None = None
     scale: float | None = None
     lengths: tuple[int, ...] | None = None  # packed sequences
+    bias: float | None = None  # of keys, from this position on
     contiguous: bool = True
 
     @property
@@ -183,6 +208,7 @@ class LatentCase:
             "k_rope": k_rope if self.rope else None,
             "v": v,
             "cu_seqlens": _offsets(self.lengths, device),
+            "key_bias": _key_bias(self.bias, self.tokens, self.heads, self.batch, dtype, device),
         }
 
 
@@ -204,6 +230,7 @@ LATENT_CASES = [
     LatentCase("strided", batch=2, nope=32, rope=32, contiguous=False),
     LatentCase("strided-rope-free", nope=32, rope=0, v_width=48, contiguous=False),
     LatentCase("scale", nope=32, rope=16, scale=0.3),
+    LatentCase("bias", tokens=70, nope=32, rope=16, window_size=40, bias=0.0),
 ]
 
 
@@ -225,6 +252,7 @@ class DecodeCase:
     window_size: int | None = None
     scale: float | None = None
     sinks: bool = False
+    bias: float | None = None  # of the cache's rows, from this position on
     contiguous: bool = True
 
     @property
@@ -240,6 +268,7 @@ class DecodeCase:
         batch, how = len(self.lengths), (dtype, device, self.contiguous)
         tokens = (batch,) if self.q_tokens is None else (batch, self.q_tokens)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        bias = _key_bias(self.bias, self.rows, self.q_heads, batch, dtype, device)
         if self.latent:
             widths = [self.width, self.rope]
             q_latent, q_rope = _random_parts((*tokens, self.q_heads), widths, *how)
@@ -250,6 +279,7 @@ class DecodeCase:
                 "latent_cache": latent_cache,
                 "rope_cache": rope_cache if self.rope else None,
                 "cache_lengths": lengths,
+                "key_bias": bias,
             }
         v_heads = self.k_heads if self.v_heads is None else self.v_heads
         v_width = self.width if self.v_width is None else self.v_width
@@ -259,6 +289,7 @@ class DecodeCase:
             "v_cache": _random((batch, self.rows, v_heads, v_width), *how),
             "cache_lengths": lengths,
             "sinks": torch.randn(self.q_heads, device=device) if self.sinks else None,
+            "key_bias": bias,
         }
 
     def seen_rows(self, sequence: int, token: int) -> set[int]:
@@ -318,6 +349,11 @@ DECODE_CASES = [
     DecodeCase("strided", lengths=(50, 64), q_heads=6, k_heads=2, contiguous=False),
     DecodeCase("strided-tokens", lengths=(100, 4), q_tokens=5, k_heads=3, contiguous=False),
     DecodeCase("scale", scale=0.3),
+    DecodeCase("bias", lengths=(50, 0, 64), q_heads=6, k_heads=2, bias=0.0),
+    DecodeCase("bias-late", lengths=(50, 64), q_heads=9, k_heads=3, bias=131_072.0),
+    DecodeCase("bias-splits", lengths=(2000, 30), rows=2048, width=16, sinks=True, bias=0.0),
+    DecodeCase("bias-ring-tokens", (100, 2), q_tokens=5, q_heads=4, window_size=20, bias=0.0),
+    DecodeCase("latent-bias", (100, 66), q_tokens=2, q_heads=4, rope=16, latent=True, bias=0.0),
     DecodeCase(
         "latent-288-32", lengths=(65, 17), rows=65, q_heads=9, width=288, rope=32, latent=True
     ),

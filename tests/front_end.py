@@ -44,7 +44,10 @@ def checking() -> Iterator[dict[tuple, str | None]]:
 
     def check(self, *args, grid, warmup, **kwargs):
         given = zip(self.arg_names, args, strict=True)
-        variant = self.__name__, *(x for x in given if x[1] is None or isinstance(x[1], bool))
+        variant = self.__name__, *(
+            (name, x) for name, x in given
+            if x is None or isinstance(x, bool) or name.endswith("PARTS")
+        )  # fmt: skip
         if "D_SECOND" in self.arg_names:
             variant += (args[self.arg_names.index("D_SECOND")] == 0,)
         if variant in found:

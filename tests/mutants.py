@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRIMITIVES, FORWARD, BACKWARD, DECODE, GENE_DECODE, FITNESS, WINDOWS, PROBLEM, OP = (
+PRIMITIVES, SOFTMAX, FORWARD, BACKWARD, DECODE, GENE_DECODE, FITNESS, WINDOWS, PROBLEM, OP = (
     f"kernels/{name}.py"
     for name in (
-        "core/primitives", "core/forward", "core/backward", "core/decode", "core/gene_decode",
-        "core/fitness", "core/windows", "core/problem", "attention",
+        "core/primitives", "core/softmax", "core/forward", "core/backward", "core/decode",
+        "core/gene_decode", "core/fitness", "core/windows", "core/problem", "attention",
     )
 )  # fmt: skip
 MUTANTS = {
@@ -31,24 +31,31 @@ MUTANTS = {
     "one dropped key": (PRIMITIVES, "partner[None, :] >= first", "partner[None, :] > first"),
     "one key too many": (PRIMITIVES, "partner[None, :] < end", "partner[None, :] <= end"),
     "o not rescaled": (FORWARD, "scale_rows(o, rescale[:, None])", "o"),
-    "row sum not rescaled": (PRIMITIVES, "row_sum * rescale +", "row_sum +"),
+    "row sum not rescaled": (SOFTMAX, "row_sum * rescale +", "row_sum +"),
     "left edge unmasked": (PRIMITIVES, "(start < bounds[1]) |", "(start < bounds[0]) |"),
     "right edge unmasked": (PRIMITIVES, "PARTNER_BLOCK > bounds[2])", "PARTNER_BLOCK > bounds[3])"),
-    "softmax of no keys is nan": (PRIMITIVES, "tl.maximum(new_max_log2, LOWEST)", "new_max_log2"),
+    "softmax of no keys is nan": (SOFTMAX, "tl.maximum(new_max_log2, LOWEST)", "new_max_log2"),
     "heads restart where the last ended": (BACKWARD, "tl.where(turns != 0, bounds[0], start)",
                                            "start"),
     "lse of the first head for all": (BACKWARD, "lse_log2_ptr += turns * LSE_PARTS * q_tokens",
                                       "lse_log2_ptr += 0 * turns"),
-    "sequences aligned at the start": (PROBLEM, "k_tokens - q_tokens,", "0,"),
+    "sequences aligned at the start": (PROBLEM, "\"shift\": k_tokens - q_tokens,", "\"shift\": 0,"),
     "packed tokens in the next sequence": (PROBLEM, "right=True", "right=False"),
     "dlse of the wrong sign": (BACKWARD, "delta -= load_vector(dlse", "delta += load_vector(dlse"),
-    "delta left out": (PRIMITIVES, "weights * (dweights - delta)", "weights * dweights"),
+    "delta left out": (SOFTMAX, "weights * (dweights - delta)", "weights * dweights"),
     "dq not scaled": (BACKWARD, "    dq = scale_rows(dq, scale_log2 / LOG2_E)\n", ""),
     "a query head left out of dk": (BACKWARD, "BLOCK_M) * heads)", "BLOCK_M) * (heads - 1))"),
     "a key head left out of dv": (BACKWARD, "+ 1) * k_per_v)", "+ 1) * k_per_v - 1)"),
     "sinks left out of the sum": (FORWARD, "row_sum += 1.0", "row_sum += 0.0"),
     "dsinks of the wrong sign": (OP, "dsinks = -(", "dsinks = ("),
-    "dsinks without the excess": (OP, "exact = excess +", "exact ="),
+    "dsinks without the excess": (PROBLEM, "exact = excess +", "exact ="),
+    "scores without their bias": (SOFTMAX, "scores += difference * LOG2_E", "scores += 0.0"),
+    "bias without the digits of fp64": (PROBLEM, "rest = bias - parts[0]",
+                                        "rest = bias - bias"),
+    "bias of the first head for all": (BACKWARD, "bias_ptr += turns * BIAS_PARTS * k_tokens",
+                                       "bias_ptr += 0 * turns"),
+    "dbias of all heads so far": (BACKWARD, "tl.where(turns != 0, 0.0, dbias)", "dbias"),
+    "sinks beside other scores": (FORWARD, "sinks -= tl.reshape", "sinks -= 0.0 * tl.reshape"),
     "rope left out of the scores": (PRIMITIVES, "range(len(a))", "range(1)"),
     "a head left out of dk_rope": (BACKWARD, "shares.sum(2)", "shares[:, :, 1:].sum(2)"),
     "rope at another head": (FORWARD, "k_rope_ptr, k_rope_strides, batch, 0,",
@@ -61,8 +68,8 @@ MUTANTS = {
     "decode: ring not turned": (DECODE, "(begin // capacity + turn)", "turn"),
     "decode: a split too short": (DECODE, "split_begin + tiles_of_split",
                                   "split_begin - 1 + tiles_of_split"),
-    "decode: sinks in every split": (DECODE, "tl.where(split == 0, sinks_log2, row_max_log2)",
-                                     "sinks_log2"),
+    "decode: sinks in every split": (DECODE, "tl.where(split == 0, sinks * LOG2_E, row_max_log2)",
+                                     "sinks * LOG2_E"),
     "decode: splits not weighed": (DECODE, "partial * tl.exp2(part_log2 - lse_log2)[:, None]",
                                    "partial / splits"),
     "decode: wrong value head": (DECODE, "k_head * v_heads // k_heads", "k_head % v_heads"),

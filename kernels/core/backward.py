@@ -10,14 +10,12 @@ from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
     accumulate,
-    at_lse,
     at_row_vector,
     cast,
     head_matrix,
     hide_unmet,
     inner_products,
     load_joint_rows,
-    load_lse,
     load_rows,
     load_vector,
     locate_program,
@@ -25,8 +23,6 @@ from kernels.core.primitives import (
     plan_tiles,
     rounded,
     scale_rows,
-    score_gradient,
-    softmax_weights,
     store_joint_rows,
     store_rows,
     store_vector,
@@ -35,6 +31,15 @@ from kernels.core.primitives import (
     zero_rows,
 )
 from kernels.core.problem import Problem, cdiv, even_rows, power_of_2, without_padding
+from kernels.core.softmax import (
+    at_lse,
+    load_bias,
+    load_lse,
+    load_own_bias,
+    score_gradient,
+    softmax_weights,
+    to_base_2,
+)
 
 DELTA_ELEMENTS = 4096  # of a tile
 
@@ -69,7 +74,7 @@ def delta_kernel(
 
 @triton.jit
 def _query_gradient(
-    state, queries, keys, bounds, partners, scale_log2,
+    state, queries, keys, bias, bounds, partners, scale_log2,
     BLOCK_N: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     HAS_EXCESS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,12 +82,16 @@ def _query_gradient(
     dq, excess = state
     q, do, lse_log2, delta = queries
     k_matrix, k_rope_matrix, v_matrix = keys
+    rest_log2 = scale_log2 if len(bias) == 0 else 1.0
     for start in range(bounds[0], bounds[3], BLOCK_N):
         k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE)
         v = load_rows(v_matrix, start, BLOCK_N, D_V)
+        key_bias = load_bias(bias, start, BLOCK_N, 0)
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
         dweights = inner_products(do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
-        weights = softmax_weights(scores, lse_log2, scale_log2)
+        if len(bias):
+            scores = to_base_2(scores, key_bias, bias, scale_log2)
+        weights = softmax_weights(scores, lse_log2, rest_log2)
         weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_N)
         dscores = cast(score_gradient(weights, dweights, delta[:, None]), k[0].dtype)
         dq = accumulate(dscores, k, dq, PRECISION)
@@ -94,13 +103,14 @@ def _query_gradient(
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, do_ptr, lse_log2_ptr, delta_ptr,
-    dq_ptr, dq_rope_ptr, excess_ptr, bounds_ptr,
+    dq_ptr, dq_rope_ptr, excess_ptr, bias_ptr, bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, do_strides,
     dq_strides, dq_rope_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_EXCESS: tl.constexpr,
-    IS_VARLEN: tl.constexpr, LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_VARLEN: tl.constexpr, BIAS_PARTS: tl.constexpr, LSE_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale dS k for BLOCK_M queries of one head, where dS = P (do v^T - delta).
 
@@ -119,10 +129,16 @@ def dq_kernel(
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
     lse_log2_ptr = at_lse(lse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
+    bias = ()
+    if BIAS_PARTS:
+        bias_ptr = at_lse(bias_ptr, batch, head, q_heads, k_tokens, BIAS_PARTS)
+        own_key = (start + shift + tl.arange(0, BLOCK_M))[:, None]
+        own = load_own_bias(bias_ptr, own_key, k_tokens, BIAS_PARTS)
+        bias = bias_ptr, k_tokens, own
     queries = (
         load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE),
         load_rows(do_matrix, start, BLOCK_M, D_V),
-        load_lse(lse_log2_ptr, start, q_tokens, BLOCK_M, LSE_PARTS, 1),
+        load_lse(lse_log2_ptr, start, q_tokens, BLOCK_M, LSE_PARTS, BIAS_PARTS, 1),
         load_vector(delta_ptr, start, q_tokens, BLOCK_M),
     )
     keys = (
@@ -132,7 +148,7 @@ def dq_kernel(
     )
     state = zero_joint_rows(BLOCK_M, D_QK, D_ROPE), tl.zeros([BLOCK_M], tl.float32)
     dq, excess = _query_gradient(
-        state, queries, keys, bounds, partners, scale_log2,
+        state, queries, keys, bias, bounds, partners, scale_log2,
         BLOCK_N, D_QK, D_V, D_ROPE, HAS_EXCESS, PRECISION,
     )  # fmt: skip
     dq = scale_rows(dq, scale_log2 / LOG2_E)
@@ -146,28 +162,44 @@ def dq_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, queries, strides, heads, bounds, partners, scale_log2,
+    dk, dv, k, v, queries, bias, strides, heads, bounds, partners, scale_log2,
     BLOCK_M: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
-    LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_PARTS: tl.constexpr, LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of the queries inside bounds to dk / scale and dv of a tile of keys.
 
     One loop takes all tiles of the first of the heads, at `queries`, then those of the next one.
+    Of each head it writes the gradient of the keys' bias.
     """
     q_matrix, q_rope_matrix, do_matrix, lse_log2_ptr, delta_ptr = queries
     q_tokens = q_matrix[2]
     start = bounds[0]
+    rest_log2 = scale_log2
+    if BIAS_PARTS:
+        bias_ptr, dbias_ptr, first_key, k_tokens, shift = bias
+        BLOCK_N: tl.constexpr = v[0].shape[0]
+        dbias = tl.zeros([BLOCK_N], tl.float32)
+        key = first_key + tl.arange(0, BLOCK_N)
+        rest_log2 = 1.0
     for _ in range(tl.cdiv(tl.maximum(bounds[3] - start, 0), BLOCK_M) * heads):
         q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE)
         do = load_rows(do_matrix, start, BLOCK_M, D_V)
-        lse_log2 = load_lse(lse_log2_ptr, start, q_tokens, BLOCK_M, LSE_PARTS, 0)
+        lse_log2 = load_lse(lse_log2_ptr, start, q_tokens, BLOCK_M, LSE_PARTS, BIAS_PARTS, 0)
+        if BIAS_PARTS:
+            own_key = (start + shift + tl.arange(0, BLOCK_M))[None, :]
+            own = load_own_bias(bias_ptr, own_key, k_tokens, BIAS_PARTS)
+            own_bias = bias_ptr, k_tokens, own
+            key_bias = load_bias(own_bias, first_key, BLOCK_N, 1)
         scores = inner_products(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
         dweights = inner_products(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
         delta = load_vector(delta_ptr, start, q_tokens, BLOCK_M)
-        weights = softmax_weights(scores, lse_log2, scale_log2)
+        if BIAS_PARTS:
+            scores = to_base_2(scores, key_bias, own_bias, scale_log2)
+        weights = softmax_weights(scores, lse_log2, rest_log2)
         weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_M)
         dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
-        dk = accumulate(score_gradient(weights, dweights, delta[None, :]), q, dk, PRECISION)
+        dscores = score_gradient(weights, dweights, delta[None, :])
+        dk = accumulate(dscores, q, dk, PRECISION)
         start += BLOCK_M
         turns = (start >= bounds[3]).to(tl.int64)  # to the next head; an `if` ends the pipelining
         start = tl.where(turns != 0, bounds[0], start)
@@ -177,23 +209,31 @@ def _key_gradients(
         do_matrix = move(do_matrix, turns * strides[2][2])
         lse_log2_ptr += turns * LSE_PARTS * q_tokens
         delta_ptr += turns * q_tokens
+        if BIAS_PARTS:
+            dbias += tl.sum(dscores, 1)
+            tl.store(dbias_ptr + key, dbias, mask=(key < k_tokens) & (turns != 0))
+            dbias = tl.where(turns != 0, 0.0, dbias)
+            bias_ptr += turns * BIAS_PARTS * k_tokens
+            dbias_ptr += turns * k_tokens
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, do_ptr, lse_log2_ptr, delta_ptr,
-    dk_ptr, dv_ptr, dk_rope_ptr, bounds_ptr,
+    dk_ptr, dv_ptr, dk_rope_ptr, bias_ptr, dbias_ptr, bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, do_strides,
     dk_strides, dv_strides, dk_rope_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_VARLEN: tl.constexpr, LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_VARLEN: tl.constexpr, BIAS_PARTS: tl.constexpr, LSE_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk = scale dS^T q and dv = P^T do for BLOCK_N keys of one value head and its key heads.
 
-    The rotary part of dk is each key head's share of the one that all heads have in common.
+    That of their bias is dS^T 1, written for each query head that has a query near. The rotary
+    part of dk is each key head's share of the one that all heads have in common.
     Grid: (key tiles * B * HV,), the first keys, which the most queries see, first.
     """
     tile, batch, v_head = locate_program(batches, v_heads)
@@ -220,9 +260,16 @@ def dkdv_kernel(
             at_lse(lse_log2_ptr, batch, q_head, q_heads, q_tokens, LSE_PARTS),
             at_row_vector(delta_ptr, batch, q_head, q_heads, q_tokens),
         )
+        bias = ()
+        if BIAS_PARTS:
+            bias = (
+                at_lse(bias_ptr, batch, q_head, q_heads, k_tokens, BIAS_PARTS),
+                at_row_vector(dbias_ptr, batch, q_head, q_heads, k_tokens),
+                start, k_tokens, shift,
+            )  # fmt: skip
         dk, dv = _key_gradients(
-            dk, dv, k, v, queries, strides, q_per_k, bounds, partners, scale_log2,
-            BLOCK_M, D_QK, D_V, D_ROPE, LSE_PARTS, PRECISION,
+            dk, dv, k, v, queries, bias, strides, q_per_k, bounds, partners, scale_log2,
+            BLOCK_M, D_QK, D_V, D_ROPE, BIAS_PARTS, LSE_PARTS, PRECISION,
         )  # fmt: skip
         dk = scale_rows(dk, scale_log2 / LOG2_E)
         dk_matrix = head_matrix(dk_ptr, dk_strides, batch, k_head, k_tokens)
@@ -240,11 +287,12 @@ def launch_backward(
     dlse_log2: Tensor | None,
     with_excess: bool,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dq_rope, dk_rope in the layouts of their tensors, delta and excess [B, HQ, Tq].
+    """dq, dk, dv, dq_rope, dk_rope, dkey_bias like their tensors, delta and excess [B, HQ, Tq].
 
     lse_log2 and its gradient are [B, HQ, parts, Tq], None is a gradient of zeros. The gradients of
-    absent rotary parts are empty, and so is excess, what rounding makes of sum_j dS_ij = 0, unless
-    asked for.
+    absent tensors are empty, and so is excess, what rounding makes of sum_j dS_ij = 0, unless
+    asked for. The gradients of sinks and of a bias sum over queries, and so would their delta's
+    errors: theirs is that of o unrounded.
     """
     inputs = problem[:5]
     problem, o, do = problem.even, even_rows(o), even_rows(do)
@@ -254,7 +302,8 @@ def launch_backward(
     batches, q_tokens, q_heads, _ = q.shape
     k_tokens, k_heads = k.shape[1:3]
     delta = lse_log2.new_empty(batches, q_heads, q_tokens)
-    excess = lse_log2.new_empty(delta.shape) if with_excess else None
+    is_exact = problem.sinks is not None or problem.key_bias is not None
+    excess = lse_log2.new_empty(delta.shape) if with_excess or is_exact else None
     arguments = problem.kernel_arguments
     arguments |= {"do_ptr": do, "lse_log2_ptr": lse_log2, "delta_ptr": delta}
 
@@ -276,13 +325,20 @@ def launch_backward(
         dq_ptr=dq,
         dq_rope_ptr=dq_rope,
         excess_ptr=excess,
-        HAS_EXCESS=with_excess,
+        HAS_EXCESS=excess is not None,
         **tile.options,
     )
+    if is_exact and excess is not None:
+        delta = problem.exact_delta(delta, excess, lse_log2, dlse_log2)
+        if problem.key_bias is not None:
+            arguments["delta_ptr"] = delta
     shares = None  # of each key head in dk_rope
     if k_rope is not None:
         shape = batches, k_tokens, k_heads, k_rope.shape[-1]
         shares = q.new_empty(shape, dtype=torch.float32)
+    dbias = None  # zeros where no query is near
+    if problem.key_bias is not None:
+        dbias = lse_log2.new_zeros(batches, q_heads, k_tokens)
     tile = tiles.choose("dkdv", q, width)
     launch(
         dkdv_kernel,
@@ -291,15 +347,20 @@ def launch_backward(
         dk_ptr=dk,
         dv_ptr=dv,
         dk_rope_ptr=shares,
+        dbias_ptr=dbias,
         **tile.options,
     )
     unseen = max(0, arguments["shift"] - arguments["behind"])  # first keys, whose v may be nan
     if unseen:
         dk[:, :unseen].zero_()
+        if dbias is not None:
+            dbias[..., :unseen].zero_()
     if dk_rope is not None and shares is not None:
         dk_rope.copy_(shares.sum(2))
     gradients = (
         q.new_empty((0,) * 4) if x is None or d is None else without_padding(d, x.shape[-1])
         for d, x in zip((dq, dk, dv, dq_rope, dk_rope), inputs, strict=True)
     )
-    return *gradients, delta, delta.new_empty((0,) * 3) if excess is None else excess
+    excess = excess if with_excess else None
+    dbias, excess = (delta.new_empty((0,) * 3) if x is None else x for x in (dbias, excess))
+    return *gradients, dbias.transpose(1, 2).contiguous(), delta, excess

@@ -24,12 +24,18 @@ from kernels.core.primitives import (
     zero_rows,
 )
 from kernels.core.problem import (
+    bias_parts,
     cdiv,
     dot_precision,
     is_ragged,
     log2_scale,
+    number_of_parts,
     power_of_2,
     reach_behind,
+)
+from kernels.core.softmax import (
+    at_lse,
+    load_own_bias,
 )
 
 KEYS_OF_A_SPLIT = 128  # at the least
@@ -41,12 +47,13 @@ NOTHING = tl.constexpr(float("-inf"))
 
 @triton.jit(do_not_specialize=["q_tokens", "capacity", "splits", "window"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_ptr, sinks_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_ptr, sinks_ptr, bias_ptr,
+    lengths_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, o_strides,
     batches, k_heads, v_heads, group, q_tokens, capacity, splits, window, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr, V_IS_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr, BIAS_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o and its base-2 lse over one split of the cache, for BLOCK_M rows of one key head.
 
@@ -77,10 +84,19 @@ def decode_kernel(
     q = load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE)
     row_max_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    head = k_head * group + tl.minimum(row, rows - 1) % group
+    bias = ()
+    if BIAS_PARTS:
+        q_heads = k_heads * group
+        bias_ptr = at_lse(bias_ptr, batch, head, q_heads, capacity, BIAS_PARTS)[:, None]
+        own_row = ((end - 1) % capacity)[:, None]
+        own = load_own_bias(bias_ptr, own_row, capacity, BIAS_PARTS)
+        bias = bias_ptr, capacity, own
     if HAS_SINKS:  # a key of no value that every query sees, in the first split
-        heads = k_head * group + row % group
-        sinks_log2 = tl.load(sinks_ptr + heads, mask=row < rows, other=0.0).to(tl.float32) * LOG2_E
-        row_max_log2 = tl.where(split == 0, sinks_log2, row_max_log2)
+        sinks = tl.load(sinks_ptr + head).to(tl.float32)
+        for part in tl.static_range(BIAS_PARTS):
+            sinks -= tl.reshape(own[part], [BLOCK_M])
+        row_max_log2 = tl.where(split == 0, sinks * LOG2_E, row_max_log2)
         row_sum += 1.0  # in other splits rescaled to 0
     state = zero_rows(BLOCK_M, D_V), row_max_log2, row_sum
     for turn in tl.static_range(2):  # of the ring, where these positions begin and the next one
@@ -96,7 +112,7 @@ def decode_kernel(
             head_matrix(v_ptr, v_strides, batch, k_head * v_heads // k_heads, turn_stop),
         )
         state = attend(
-            state, q, keys, bounds, partners, scale_log2,
+            state, q, keys, bias, bounds, partners, scale_log2,
             BLOCK_N, D_QK, D_V, D_ROPE, V_IS_K, PRECISION,
         )  # fmt: skip
     o, row_max_log2, row_sum = state
@@ -142,6 +158,7 @@ def launch_decode(
     rope_cache: Tensor | None,
     cache_lengths: Tensor,
     sinks: Tensor | None,
+    key_bias: Tensor | None,
     window_size: int | None,
     scale: float,
 ) -> Tensor:
@@ -191,6 +208,7 @@ def launch_decode(
         o_ptr=partial.transpose(1, 2),
         lse_ptr=lse,
         sinks_ptr=sinks,
+        bias_ptr=None if key_bias is None else bias_parts(key_bias),
         lengths_ptr=cache_lengths,
         batches=batches,
         k_heads=k_heads,
@@ -206,6 +224,7 @@ def launch_decode(
         D_ROPE=d_rope,
         V_IS_K=v_cache is None,
         HAS_SINKS=sinks is not None,
+        BIAS_PARTS=0 if key_bias is None else number_of_parts(key_bias),
         PRECISION=dot_precision(q),
         **tile.options | {"BLOCK_M": block_m},
     )

@@ -9,7 +9,6 @@ from kernels.core.launch import launch
 from kernels.core.primitives import (
     LOG2_E,
     accumulate,
-    at_lse,
     head_matrix,
     hide_unmet,
     inner_products,
@@ -18,34 +17,45 @@ from kernels.core.primitives import (
     locate_program,
     plan_tiles,
     scale_rows,
-    softmax_step,
-    store_lse,
     store_rows,
     tile_partners,
     zero_rows,
 )
 from kernels.core.problem import Problem, cdiv, new_lse, without_padding
+from kernels.core.softmax import (
+    at_lse,
+    load_bias,
+    load_own_bias,
+    softmax_step,
+    store_lse,
+    to_base_2,
+)
 
 
 @triton.jit
 def attend(
-    state, q, keys, bounds, partners, scale_log2,
+    state, q, keys, bias, bounds, partners, scale_log2,
     BLOCK_N: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     V_IS_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys inside bounds into (o, row_max_log2, row_sum) of a tile of queries.
 
-    bounds and partners are what `plan_tiles` and `tile_partners` find for the queries.
+    bias is what `load_bias` takes, or (); bounds and partners are what `plan_tiles` and
+    `tile_partners` find for the queries.
     """
     o, row_max_log2, row_sum = state
+    rest_log2 = scale_log2 if len(bias) == 0 else 1.0
     k_matrix, k_rope_matrix, v_matrix = keys
     for start in range(bounds[0], bounds[3], BLOCK_N):
         k = load_joint_rows(k_matrix, k_rope_matrix, start, BLOCK_N, D_QK, D_ROPE)
         v = k if V_IS_K else load_rows(v_matrix, start, BLOCK_N, D_V)
+        key_bias = load_bias(bias, start, BLOCK_N, 0)
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if len(bias):
+            scores = to_base_2(scores, key_bias, bias, scale_log2)
         scores = hide_unmet(scores, float("-inf"), bounds, partners, start, BLOCK_N, True)
         weights, rescale, row_max_log2, row_sum = softmax_step(
-            scores, row_max_log2, row_sum, scale_log2
+            scores, row_max_log2, row_sum, rest_log2
         )
         o = accumulate(weights, v, scale_rows(o, rescale[:, None]), PRECISION)
     return o, row_max_log2, row_sum
@@ -53,15 +63,18 @@ def attend(
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_log2_ptr, sinks_ptr, bounds_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_log2_ptr, sinks_ptr, bias_ptr,
+    bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, o_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SINKS: tl.constexpr,
-    IS_VARLEN: tl.constexpr, LSE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_VARLEN: tl.constexpr, BIAS_PARTS: tl.constexpr, LSE_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o = softmax(scale q k^T) v, and its base-2 lse, for BLOCK_M queries of one head.
+    """o = softmax(scale q k^T + bias) v, and its base-2 lse, for BLOCK_M queries of one head.
 
+    The lse is less the bias of the query's own key.
     Grid: (query tiles * B * HQ,), the last queries, who see the most keys, first.
     """
     tile, batch, head = locate_program(batches, q_heads)
@@ -80,12 +93,21 @@ def forward_kernel(
     )
     row_max_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    bias = ()
+    if BIAS_PARTS:
+        bias_ptr = at_lse(bias_ptr, batch, head, q_heads, k_tokens, BIAS_PARTS)
+        own_key = (start + shift + tl.arange(0, BLOCK_M))[:, None]
+        own = load_own_bias(bias_ptr, own_key, k_tokens, BIAS_PARTS)
+        bias = bias_ptr, k_tokens, own
     if HAS_SINKS:  # a key of no value that every query sees
-        row_max_log2 = tl.zeros_like(row_sum) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        sinks = tl.zeros_like(row_sum) + tl.load(sinks_ptr + head).to(tl.float32)
+        for part in tl.static_range(BIAS_PARTS):
+            sinks -= tl.reshape(own[part], [BLOCK_M])
+        row_max_log2 = sinks * LOG2_E
         row_sum += 1.0
     state = zero_rows(BLOCK_M, D_V), row_max_log2, row_sum
     o, row_max_log2, row_sum = attend(
-        state, q, keys, bounds, partners, scale_log2,
+        state, q, keys, bias, bounds, partners, scale_log2,
         BLOCK_N, D_QK, D_V, D_ROPE, False, PRECISION,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Jit helpers that every kernel shares; each formula of the attention core stands here once."""
+"""Jit helpers that every kernel shares: tiles of rows, who meets whom, products."""
 
 import torch
 import triton
@@ -300,72 +300,9 @@ def hide_unmet(
 
 
 @triton.jit
-def softmax_step(scores, row_max_log2, row_sum, scale_log2):
-    """Fold one tile of scores, -inf where unseen, into the running softmax of its rows.
-
-    Returns:
-        weights: exp2(scale_log2 scores - new row maximum).  # [BLOCK_M, BLOCK_N]
-        rescale: factor on everything summed so far.  # [BLOCK_M]
-        row_max_log2, row_sum: the new ones.  # [BLOCK_M]
-    """
-    new_max_log2 = tl.maximum(row_max_log2, tl.max(scores, 1) * scale_log2)
-    pivot_log2 = tl.maximum(new_max_log2, LOWEST)  # of no keys yet, -inf - -inf would be nan
-    weights = tl.exp2(scores * scale_log2 - pivot_log2[:, None])
-    rescale = tl.exp2(row_max_log2 - pivot_log2)
-    return weights, rescale, new_max_log2, row_sum * rescale + tl.sum(weights, 1)
-
-
-# The base-2 lse of fp32 queries has two parts, the second what rounding takes off the first; or
-# fp32 gradients would lose |lse| ulps. It is [B, H, parts, T].
-
-
-@triton.jit
-def at_lse(ptr, batch, head, heads, tokens, LSE_PARTS: tl.constexpr):
-    """Address of token 0 of one head's lse."""
-    return at_row_vector(ptr, batch, head * LSE_PARTS, heads * LSE_PARTS, tokens)
-
-
-@triton.jit
-def store_lse(
-    ptr, row_max_log2, row_sum, start, rows, BLOCK: tl.constexpr, LSE_PARTS: tl.constexpr
-):
-    """Write the lse of a tile of queries, of `rows` in all."""
-    rest_log2 = tl.log2(row_sum)
-    lse_log2 = row_max_log2 + rest_log2
-    store_vector(ptr, lse_log2, start, rows, BLOCK)
-    if LSE_PARTS == 2:
-        store_vector(ptr + rows, rest_log2 - (lse_log2 - row_max_log2), start, rows, BLOCK)
-
-
-@triton.jit
-def load_lse(ptr, start, rows, BLOCK: tl.constexpr, LSE_PARTS: tl.constexpr, AXIS: tl.constexpr):
-    """The parts of the lse, with a new axis for the keys."""
-    parts = ()
-    for part in tl.static_range(LSE_PARTS):
-        lse_log2 = load_vector(ptr + part * rows, start, rows, BLOCK)
-        parts = parts + (tl.expand_dims(lse_log2, AXIS),)
-    return parts
-
-
-@triton.jit
-def softmax_weights(scores, lse_log2, scale_log2):
-    """P = exp2(scale_log2 scores - lse_log2), queries along either axis."""
-    weights_log2 = scores * scale_log2 - lse_log2[0]
-    for part in tl.static_range(1, len(lse_log2)):
-        weights_log2 -= lse_log2[part]
-    return tl.exp2(weights_log2)
-
-
-@triton.jit
 def rounded(product):
     """A product that no addition is fused with: lanes that share a sum would not agree on its bits.
 
     Each of them would add what others have rounded to a product of its own that is not.
     """
     return product + 0.0
-
-
-@triton.jit
-def score_gradient(weights, dweights, delta):
-    """dS / scale = P (dP - delta), where delta = <do, o> - dlse."""
-    return rounded(weights * (dweights - delta))

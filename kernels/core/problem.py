@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     q_rope: Tensor | None = None
     k_rope: Tensor | None = None
     sinks: Tensor | None = None
+    key_bias: Tensor | None = None  # of all batches
     cu_seqlens: Tensor | None = None
     scale: float = 1.0
     causal: bool = True
@@ -39,18 +40,51 @@ class Problem(NamedTuple):
         return Problem(*rows, *self[5:])  # type: ignore[arg-type,call-arg]
 
     @property
+    def own_bias(self) -> Tensor | None:
+        """The bias of each query's own key, which the lse of kernels is less, [B, Tq, HQ]."""
+        if self.key_bias is None:
+            return None
+        q_tokens, k_tokens = self.q.shape[1], self.k.shape[1]
+        own = torch.arange(k_tokens - q_tokens, k_tokens, device=self.q.device)
+        return bias_of(self.key_bias, own[None])
+
+    def sink_weights(self, lse_log2: Tensor) -> Tensor | None:
+        """What the sinks take of each query's softmax, [B, HQ, Tq]."""
+        if self.sinks is None:
+            return None
+        sinks, own = self.sinks.float()[:, None], self.own_bias
+        if own is not None:
+            sinks = (sinks - own.transpose(1, 2)).float()
+        finite = lse_log2[:, :, 0].clamp(min=torch.finfo(torch.float32).min)  # as sinks may not be
+        return torch.exp2(sinks * LOG2_E - finite)
+
+    def exact_delta(
+        self, delta: Tensor, excess: Tensor, lse_log2: Tensor, dlse_log2: Tensor | None
+    ) -> Tensor:
+        """delta of o unrounded, where sum_j dS_ij, of the keys alone, should not be the excess.
+
+        That sum is <do, o> - (1 - P_sink) delta with the delta that was taken.
+        """
+        weights = self.sink_weights(lse_log2)
+        exact = excess + (delta if weights is None else (1 - weights) * delta)
+        if dlse_log2 is not None:
+            exact -= dlse_log2[:, :, 0] * LOG2_E
+        return exact
+
+    @property
     def kernel_arguments(self) -> dict[str, Any]:
         """The keyword arguments that the forward, dq and dk/dv kernels have in common."""
         batches, q_tokens, q_heads, d_qk = self.q.shape
         k_tokens, k_heads = self.k.shape[1:3]
         v_heads, d_v = self.v.shape[2:]
-        packed = self.cu_seqlens
+        packed, bias = self.cu_seqlens, self.key_bias
         return {
             "q_ptr": self.q,
             "k_ptr": self.k,
             "v_ptr": self.v,
             "q_rope_ptr": self.q_rope,
             "k_rope_ptr": self.k_rope,
+            "bias_ptr": None if bias is None else bias_parts(bias),
             "bounds_ptr": None if packed is None else sequence_bounds(packed, k_tokens),
             "batches": batches,
             "q_heads": q_heads,
@@ -66,6 +100,7 @@ class Problem(NamedTuple):
             "D_V": d_v,
             "D_ROPE": 0 if self.q_rope is None else self.q_rope.shape[-1],
             "IS_VARLEN": packed is not None,
+            "BIAS_PARTS": 0 if bias is None else number_of_parts(bias),
             "LSE_PARTS": lse_parts(self.q),
             "PRECISION": dot_precision(self.q),
         }
@@ -134,6 +169,39 @@ def reach_behind(window_size: int | None) -> int:
 def lse_parts(q: Tensor) -> int:
     """How many fp32 numbers the lse of a query has: fp32 gradients need what rounding takes off."""
     return 2 if q.dtype == torch.float32 else 1
+
+
+def number_of_parts(key_bias: Tensor) -> int:
+    """How many fp32 numbers a key's bias is to kernels."""
+    return 2 if key_bias.dtype == torch.float64 else 1
+
+
+def bias_parts(key_bias: Tensor) -> Tensor:
+    """A bias [B, Tk, HQ] in fp32, [B, HQ, parts, Tk]; a second part has what the first leaves."""
+    bias = key_bias.transpose(1, 2)
+    parts = [bias.float()]
+    if number_of_parts(key_bias) == 2:
+        rest = bias - parts[0]
+        parts.append(torch.where(rest.isfinite(), rest, 0.0).float())
+    return torch.stack(parts, dim=2)
+
+
+def bias_of(key_bias: Tensor, keys: Tensor) -> Tensor:
+    """The bias of some keys, 0 where it is no number; a constant that a softmax is free of.
+
+    Args:
+        key_bias: [B or 1, Tk, HQ].
+        keys: [B or 1, Tq] places among the keys; the nearest one where there is none.
+
+    Returns:
+        [B or 1, Tq, HQ], without a gradient.
+    """
+    bias, tokens = key_bias.detach(), key_bias.shape[1]
+    if tokens == 0:
+        return bias.new_zeros(bias.shape[0], keys.shape[1], bias.shape[2])
+    batch = torch.arange(bias.shape[0], device=bias.device)[:, None]
+    own = bias[batch, keys.clamp(0, tokens - 1)]
+    return torch.where(own.isfinite(), own, 0.0)
 
 
 def new_lse(q: Tensor) -> Tensor:

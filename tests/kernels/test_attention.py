@@ -202,7 +202,7 @@ def test_opcheck(rotary):
     inputs = [random(1, 20, 6, 16), random(1, 20, 2, 16), random(1, 20, 2, 24)]
     inputs += [random(1, 20, 6, 8), random(1, 20, 8)] if rotary else [None, None]
     sinks, cu_seqlens = random(6), torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
-    problem = Problem(*inputs, sinks, cu_seqlens, scale=0.25, window_size=5)
+    problem = Problem(*inputs, sinks, None, cu_seqlens, scale=0.25, window_size=5)
     ops = torch.ops.smollm_attention
     torch.library.opcheck(ops.forward.default, problem)
     o, lse = ops.forward(*problem)

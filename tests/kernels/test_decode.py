@@ -222,9 +222,9 @@ def test_a_backward_is_refused(latent, impl):
 def test_opcheck(latent, impl, shape):
     q, k = (torch.randn(n, device=DEVICE) for n in (shape, (2, 40, 2, 16)))
     lengths = torch.tensor([40, 7], dtype=torch.int32, device=DEVICE)
-    given = (q, k, k + 1, None, None, lengths, torch.randn(6, device=DEVICE), None, 0.25)
+    given = (q, k, k + 1, None, None, lengths, torch.randn(6, device=DEVICE), None, None, 0.25)
     if latent:
-        given = (q, k[:, :, 0], None, q[..., :8], k[:, :, 1, :8], lengths, None, 9, 0.25)
+        given = (q, k[:, :, 0], None, q[..., :8], k[:, :, 1, :8], lengths, None, None, 9, 0.25)
     ops = torch.ops.smollm_attention
     op = ops.decode if impl == "triton" else ops.sdpa_decode
     torch.library.opcheck(op.default, given)

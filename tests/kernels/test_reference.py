@@ -36,6 +36,7 @@ def test_attention_equals_a_loop_over_rows(case):
     inputs = case.inputs(torch.float64)
     o, lse = kernels.attention(**inputs, **case.arguments, return_lse=True)
     q, k, v, sinks = inputs["q"], inputs["k"], inputs["v"], inputs["sinks"]
+    bias = inputs["key_bias"]
     mask = mask_by_hand(case)
     scale = case.width**-0.5 if case.scale is None else case.scale
     heads = range(0, case.q_heads, max(1, case.q_heads // 3))
@@ -45,6 +46,8 @@ def test_attention_equals_a_loop_over_rows(case):
             for i in range(0, case.q_tokens, 7):
                 seen = mask[i]
                 scores = scale * k[b, seen, k_head] @ q[b, i, h]
+                if bias is not None:
+                    scores = scores + bias[b, seen, h]
                 if sinks is not None:
                     scores = torch.cat((scores, sinks[h : h + 1].double()))
                 if scores.numel() == 0:
@@ -194,6 +197,7 @@ def test_decode_is_the_last_row(window_size):
 @pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
 def test_decode_equals_a_loop_over_queries(case):
     inputs = case.inputs(torch.float64)
+    bias = inputs["key_bias"]
     if case.latent:
         o = kernels.latent_decode(**inputs, **case.arguments)
         q, k, v, sinks = inputs["q_latent"], inputs["latent_cache"], inputs["latent_cache"], None
@@ -213,6 +217,8 @@ def test_decode_equals_a_loop_over_queries(case):
             for h in heads:
                 k_head, v_head = h * k.shape[2] // case.q_heads, h * v.shape[2] // case.q_heads
                 scores = scale * k[b, rows, k_head] @ q[b, i, h]
+                if bias is not None:
+                    scores = scores + bias[b, rows, h]
                 if sinks is not None:
                     scores = torch.cat((scores, sinks[h : h + 1].double()))
                 weights = scores.softmax(0)[: len(rows)]

@@ -200,7 +200,7 @@ def test_new_tokens_and_heads_of_a_group_share_a_tile(
         for t, h in ((q_tokens, q_heads), (99, k_heads))
     )
     lengths = torch.empty(2, dtype=torch.int32, device="meta")
-    decode.launch_decode(q, k, k, None, None, lengths, None, None, 1.0)
+    decode.launch_decode(q, k, k, None, None, lengths, None, None, None, 1.0)
     assert launched["BLOCK_M"] == rows
     assert (launched["BLOCK_N"], launched["num_stages"]) == ((64, 4) if rows == 16 else (32, 3))
 
@@ -214,7 +214,7 @@ def test_one_ragged_tensor_makes_a_decoding_plain(name, monkeypatch):
     even = memory[..., :64].contiguous()
     rows = dict.fromkeys("qkv", even) | ({name: memory[..., 1:65]} if name else {})
     lengths = torch.empty(2, dtype=torch.int32, device="meta")
-    decode.launch_decode(*rows.values(), None, None, lengths, None, None, 1.0)
+    decode.launch_decode(*rows.values(), None, None, lengths, None, None, None, 1.0)
     table = tiles.PLAIN if name else tiles.HALF_PRECISION[90]
     assert launched["BLOCK_N"] == table["decode"][64].block_n
     assert launched["num_stages"] == table["decode"][64].num_stages
