@@ -61,16 +61,25 @@ def linear_next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> T
         targets: [B, T], as there.
     """
     x, following, kind = hidden.flatten(0, 1), _following(targets), hidden.device.type
+    parts = _parts(targets, weight.shape[0])
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return _linear_loss(x, weight, following)
+        return _linear_loss(x, weight, following, parts)
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        return _linear_loss(x.to(dtype), weight.to(dtype), following)
+        return _linear_loss(x.to(dtype), weight.to(dtype), following, parts)
+
+
+def _parts(targets: Tensor, vocab_size: int) -> int:
+    """How many parts the rows have: as many for all T up to a power of two, to share a graph."""
+    (batch, tokens), bound = targets.shape, 1
+    while bound < tokens:
+        bound *= 2
+    return -(-batch * bound // max(1, LOGITS_AT_ONCE // vocab_size))
 
 
 def _following(targets: Tensor) -> Tensor:
     """The next token's target in each place, [B * T]: to leave out the last logits is a copy."""
-    return F.pad(targets[:, 1:], (0, 1), value=IGNORED).flatten()
+    return F.pad(targets, (0, 1), value=IGNORED)[:, 1:].flatten()
 
 
 def _count(following: Tensor) -> Tensor:
@@ -84,8 +93,8 @@ class _LinearLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, following: Tensor) -> Tensor:
-        loss, *gradients = _loss_and_gradients(x, weight, following, ctx.needs_input_grad)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, following: Tensor, parts: int) -> Tensor:
+        loss, *gradients = _loss_and_gradients(x, weight, following, parts, ctx.needs_input_grad)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -93,25 +102,25 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = (None if y is None else y * d.to(y.dtype) for y in ctx.saved_tensors)
-        return dx, dweight, None
+        return dx, dweight, None, None
 
 
-def _linear_loss(x: Tensor, weight: Tensor, following: Tensor) -> Tensor:
+def _linear_loss(x: Tensor, weight: Tensor, following: Tensor, parts: int) -> Tensor:
     if not torch.is_grad_enabled():
-        return _loss_and_gradients(x, weight, following, (False, False))[0]
-    loss: Tensor = _LinearLoss.apply(x, weight, following)  # type: ignore[no-untyped-call]
+        return _loss_and_gradients(x, weight, following, parts, (False, False))[0]
+    loss: Tensor = _LinearLoss.apply(x, weight, following, parts)  # type: ignore[no-untyped-call]
     return loss
 
 
 def _loss_and_gradients(
-    x: Tensor, weight: Tensor, following: Tensor, needed: Sequence[bool]
+    x: Tensor, weight: Tensor, following: Tensor, parts: int, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     count, total = _count(following), x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if needed[0] else None
     dweight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
-    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    for start in range(0, len(x), rows):
-        some, target = x[start : start + rows], following[start : start + rows, None]
+    for part in range(parts):
+        rows = slice(x.shape[0] * part // parts, x.shape[0] * (part + 1) // parts)
+        some, target = x[rows], following[rows, None]
         ignored = target == IGNORED
         target = target.masked_fill(ignored, 0)
         logits = (some @ weight.t()).float()
@@ -125,7 +134,7 @@ def _loss_and_gradients(
         logits.mul_(share / sums).scatter_add_(1, target, -share)
         dlogits = logits.to(x.dtype)
         if dx is not None:
-            dx[start : start + rows] = dlogits @ weight
+            dx[rows] = dlogits @ weight
         if dweight is not None:
             dweight += dlogits.t() @ some
     return total / count, dx, None if dweight is None else dweight.to(weight.dtype)

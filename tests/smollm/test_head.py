@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench.timing import peak_bytes
 from smollm.model import head
@@ -11,10 +12,10 @@ from smollm.model.head import IGNORED, linear_next_token_loss, next_token_loss
 BATCH, TOKENS, WIDTH, VOCAB = 2, 9, 6, 20
 
 
-def problem(dtype=torch.float32):
-    hidden = torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype, requires_grad=True)
-    weight = torch.randn(VOCAB, WIDTH, dtype=dtype, requires_grad=True)
-    targets = torch.randint(VOCAB, (BATCH, TOKENS))
+def problem(tokens=TOKENS):
+    hidden = torch.randn(BATCH, tokens, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
+    targets = torch.randint(VOCAB, (BATCH, tokens))
     targets[0, 2:5] = targets[1, 0] = IGNORED
     return hidden, weight, targets
 
@@ -98,10 +99,17 @@ def test_a_loss_alone_holds_no_gradient(monkeypatch):
     assert held < weight.numel() * 4 / 2
 
 
-def test_it_is_one_graph():
+def test_one_graph_serves_all_lengths_up_to_a_power_of_two(monkeypatch):
+    """In parts, which are as many for each of them."""
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 16 * VOCAB)
     torch.compiler.reset()
-    arguments = problem()
-    compiled = torch.compile(linear_next_token_loss, fullgraph=True, backend="aot_eager")
-    found = values_and_gradients(compiled, *arguments)
-    for got, expected in zip(found, values_and_gradients(of_logits, *arguments), strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_next_token_loss, fullgraph=True, backend=counter)
+    for tokens in (9, 11, 16):
+        arguments = problem(tokens=tokens)
+        torch._dynamo.mark_dynamic(arguments[0], 1)
+        torch._dynamo.mark_dynamic(arguments[2], 1)
+        found = values_and_gradients(compiled, *arguments)
+        for got, expected in zip(found, values_and_gradients(of_logits, *arguments), strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert counter.frame_count == 1
