@@ -86,6 +86,7 @@ class Attention(nn.Module):
 
         Raises:
             ValueError, TypeError: wrong shapes, or a mask that is not padding at the ends.
+            RuntimeError: such a mask in a compiled graph, as it runs.
         """
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x: expected [B, T, embed_dim={self.embed_dim}], got {list(x.shape)}")

@@ -177,6 +177,7 @@ class SmolLM(Generator):
         Raises:
             ValueError, TypeError: wrong shapes or ids, more than max_seq_len tokens in a
                 sequence, a mask that is not padding at the ends.
+            RuntimeError: such a mask in a compiled graph, as it runs.
         """
         check_labels(labels, input_ids, with_logits, self.vocab_size)
         hidden, positions = self.encode(
@@ -217,8 +218,10 @@ class SmolLM(Generator):
         batch, tokens = input_ids.shape
         packed = None if attention_mask is None else packing(attention_mask, batch, tokens)
         if packed is not None:
-            if cache is not None and cache.in_use:
-                raise ValueError("attention_mask: expected no padding beside a cache in use")
+            if cache is not None and (cache.in_use or packed.places is None):
+                raise ValueError(
+                    "attention_mask: expected no padding beside a cache in use or in a graph"
+                )
             input_ids, cu_seqlens = packed.pack(input_ids), packed.cu_seqlens
         positions = token_positions(input_ids.shape[1], cu_seqlens, device=input_ids.device)
         if cache is not None:

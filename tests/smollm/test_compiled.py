@@ -33,6 +33,13 @@ def whole(network, backend="eager", **options):
     return torch.compile(network, backend=counter, fullgraph=True, **options), counter
 
 
+def padded(batch, tokens, left, right):
+    """A mask with padding at the left of the first row and at the right of the last."""
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    mask[0, :left], mask[-1, tokens - right :] = False, False
+    return mask
+
+
 def of_any_length(*tensors):
     """Tensors for which a graph that fixes the number of tokens is refused."""
     for x in tensors:
@@ -41,21 +48,22 @@ def of_any_length(*tensors):
 
 
 @each_mechanism
-def test_one_graph_serves_all_lengths_forward_and_backward(make):
+def test_one_graph_serves_all_lengths_and_all_padding_forward_and_backward(make):
     full, window = make().double(), make(**WINDOW).double()
 
-    def both(x):
-        return full(x) + window(x)
+    def both(x, mask):
+        return full(x, mask) + window(x)
 
-    def results(network, x):
-        out = network(x)
+    def results(network, x, mask):
+        out = network(x, mask)
         leaves = [x, *full.parameters(), *window.parameters()]
         return out, *torch.autograd.grad(out.square().sum(), leaves)
 
     network, counter = whole(both, dynamic=True)
-    for tokens in (33, 47, 64, 2):
-        (x,) = of_any_length(torch.randn(2, tokens, WIDTH, dtype=torch.float64, requires_grad=True))
-        for got, expected in zip(results(network, x), results(both, x), strict=True):
+    for tokens, left, right in ((33, 2, 5), (47, 0, 46), (64, 0, 0), (2, 1, 0)):
+        x = torch.randn(2, tokens, WIDTH, dtype=torch.float64, requires_grad=True)
+        inputs = of_any_length(x, padded(2, tokens, left, right))
+        for got, expected in zip(results(network, *inputs), results(both, *inputs), strict=True):
             torch.testing.assert_close(got, expected)
     assert counter.frame_count == 1
 
@@ -64,8 +72,31 @@ def test_a_second_graph_of_a_model_serves_all_other_lengths():
     model = build(MECHANISMS["gqa"](**WINDOW), num_layers=1)
     network, counter = whole(model)
     for tokens in (33, 40, 64, 47, 2):
-        ids = torch.randint(VOCAB, (2, tokens))
-        found, expected = (f(ids, labels=ids) for f in (network, model))
+        ids, mask = torch.randint(VOCAB, (2, tokens)), padded(2, tokens, 1, tokens // 2)
+        found, expected = (f(ids, mask, labels=ids) for f in (network, model))
         torch.testing.assert_close(found, expected)
         found["loss"].backward()
     assert counter.frame_count == 2
+
+
+def test_a_graph_keeps_out_what_stands_at_padding_and_refuses_what_is_none_as_it_runs():
+    module = MECHANISMS["gqa"]()
+    network, _ = whole(module, "aot_eager")
+    mask = padded(2, 5, 3, 2).long()
+    x = torch.randn(2, 5, WIDTH).masked_fill(mask[..., None] == 0, torch.nan).requires_grad_()
+    found, expected = (f(x, mask) for f in (network, module))
+    torch.testing.assert_close(found, expected)
+    (d,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (found, expected))
+    torch.testing.assert_close(d, wanted)
+    for row in ([1, 0, 1, 1, 1], [1, 1, 2, 1, 1], [1, 1, -1, 1, 1]):
+        with pytest.raises(RuntimeError, match=r"^attention_mask: expected 0 or 1, .* got another"):
+            network(x, torch.tensor([[1, 1, 1, 1, 1], row]))
+    with pytest.raises(RuntimeError, match=r"^attention_mask: expected .* a real token, and"):
+        network(x, torch.zeros(2, 5, dtype=torch.int64))
+
+
+def test_a_graph_has_no_padding_beside_a_cache():
+    model = build(MECHANISMS["mha"](), num_layers=1)
+    ids, cache = torch.randint(VOCAB, (2, 5)), model.new_cache(2, 8)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no padding beside a cache"):
+        whole(model)[0](ids, padded(2, 5, 1, 0), cache=cache)
