@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from numerics import assert_close_to_truth
 from test_model import VOCAB, build
 from test_modules import WIDTH, WINDOW
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -100,3 +101,34 @@ def test_a_graph_has_no_padding_beside_a_cache():
     ids, cache = torch.randint(VOCAB, (2, 5)), model.new_cache(2, 8)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="no padding beside a cache"):
         whole(model)[0](ids, padded(2, 5, 1, 0), cache=cache)
+
+
+def test_a_graph_of_unlike_layers_under_autocast_keeps_each_blocks_input_alone():
+    model = build([make() for make in MECHANISMS.values()])
+    network, _ = whole(model)
+    ids = torch.randint(VOCAB, (2, 32))
+
+    def step(f, enabled=True):
+        """Logits, all gradients, and how many numbers waited for the backward."""
+        kept = {}
+
+        def keep(x):
+            kept[x.data_ptr()] = x.numel()
+            return x
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+        ):
+            out = f(ids, labels=ids)
+        gradients = torch.autograd.grad(out["loss"], list(model.parameters()))
+        return out["logits"], torch.cat([d.flatten() for d in gradients]), sum(kept.values())
+
+    *twin, all_numbers = step(model)
+    model.activation_checkpointing = True
+    *found, few_numbers = step(network)
+    assert found[0].dtype == torch.bfloat16 and few_numbers < all_numbers / 2
+    model.double()
+    *truth, _ = step(model, enabled=False)
+    for name, *results in zip(("logits", "gradients"), found, twin, truth, strict=True):
+        assert_close_to_truth(*results, name)
