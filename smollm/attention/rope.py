@@ -43,12 +43,11 @@ class Rotation:
         Source: RoFormer, arXiv 2104.09864.
         """
         even = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32)
-        with torch.autocast(positions.device.type, enabled=False):
-            frequencies = 1.0 / self.theta ** (even / self.width)
-            if self.scaling is not None:
-                frequencies = self.scaling(frequencies)
-            angles = positions[..., None].float() * frequencies
-            return angles.cos(), angles.sin()
+        frequencies = 1.0 / self.theta ** (even / self.width)
+        if self.scaling is not None:
+            frequencies = self.scaling(frequencies)
+        angles = positions[..., None].float() * frequencies  # as autocast, too, leaves it
+        return angles.cos(), angles.sin()
 
 
 def token_positions(

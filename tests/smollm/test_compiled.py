@@ -1,11 +1,14 @@
-"""Models and modules through torch.compile: graphs are counted, none is timed."""
+"""Models and modules through torch.compile and torch.export: graphs are counted, none is timed."""
+
+import io
 
 import pytest
 import torch
 from numerics import assert_close_to_truth
-from test_model import VOCAB, build
+from test_model import VOCAB, build, mixed
 from test_modules import WIDTH, WINDOW
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
 
 from smollm import (
     GroupedQueryAttention,
@@ -132,3 +135,15 @@ def test_a_graph_of_unlike_layers_under_autocast_keeps_each_blocks_input_alone()
     *truth, _ = step(model, enabled=False)
     for name, *results in zip(("logits", "gradients"), found, twin, truth, strict=True):
         assert_close_to_truth(*results, name)
+
+
+def test_an_exported_model_of_unlike_layers_takes_batches_of_any_size_once_loaded():
+    model = build(mixed()).eval()
+    shape = {0: Dim("batch", max=8), 1: Dim("tokens", max=model.max_seq_len)}
+    given = torch.randint(VOCAB, (3, 9)), padded(3, 9, 2, 3)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, given, dynamic_shapes=(shape, shape)), file)
+    program = torch.export.load(file).module()
+    for batch, tokens, left, right in ((2, 9, 1, 1), (8, 64, 0, 20), (1, 2, 1, 0), (2, 1, 0, 0)):
+        inputs = torch.randint(VOCAB, (batch, tokens)), padded(batch, tokens, left, right)
+        torch.testing.assert_close(program(*inputs), model(*inputs))

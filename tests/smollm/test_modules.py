@@ -115,6 +115,8 @@ def test_rotary_positions_survive_bfloat16_weights():
     """A cast of the whole module must not round positions: 2047 and 2048 stay apart."""
     module = MultiHeadAttention(WIDTH, 6).to(torch.bfloat16)
     cos, _ = module.rotation.tables(torch.tensor([2047, 2048]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.rotation.tables(torch.tensor([2047, 2048]))[0], cos)
     expected = torch.tensor([2047.0, 2048.0], dtype=torch.float64).cos()
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[:, 0].double(), expected, atol=1e-3, rtol=0)
