@@ -17,6 +17,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from tests import remembered
+
 REFUSED = "create_atomic", "create_cat", "create_descriptor", "create_gather", "create_histogram"
 
 
@@ -62,6 +64,7 @@ def hasten() -> None:
 
 def check_overflow(on: bool) -> None:
     """Whether sums and products of integers that leave 32 bits are refused."""
+    remembered.forget()
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", on)
 
 
@@ -102,6 +105,7 @@ def run_programs_at_once() -> None:
     interpreter._patch_lang_tensor = _patch_tensor
     interpreter.GridExecutor.__call__ = launch
     interpreter.range = loop  # kernels find the names of this module
+    remembered.remember_helpers()
 
 
 def launch(self, *args, **kwargs) -> None:
@@ -116,7 +120,7 @@ def launch(self, *args, **kwargs) -> None:
     groups = [np.arange(programs, dtype=np.int32)]
     try:
         while groups:
-            group = interpreter.interpreter_builder.programs = groups.pop()
+            group = InterpreterBuilder.programs = groups.pop()
             try:
                 self.fn(**arguments)
             except DisagreementError as error:
@@ -136,6 +140,7 @@ def _patch_tensor(tensor, *scope) -> None:
 
 def _agreed(values: np.ndarray) -> Any:
     """The one value of a scalar in all programs of a group."""
+    remembered.look()
     if len(values) > 1 and (values != values[0]).any():
         raise DisagreementError(values)
     return values[0].item()
@@ -223,7 +228,19 @@ class _OfPrograms:
     def apply_impl(self, input):
         whole = tuple(range(1, 1 + self.axes))
         self.axis = whole if self.axis is None else whole[self.axis]
-        return super().apply_impl(input)
+        (x,) = input
+
+        def apply(handle):
+            (result,) = self._apply(tl.tensor(handle, x.type))
+            return result.handle
+
+        result = self._apply(x)
+        remembered.note(apply, (x.handle,), result[0].handle)
+        return result
+
+    def _apply(self, x):
+        result = super().apply_impl((x,))
+        return result if isinstance(result, list) else [result]
 
     def to_tensor(self, data, dtype):
         shape = data.shape[1:]

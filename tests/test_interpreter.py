@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 import kernels
+from tests import remembered
 from tests.cases import AttentionCase, DecodeCase, GeneticCase
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
@@ -59,8 +60,10 @@ def test_programs_at_once_give_the_bits_of_one_by_one(tmp_path):
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", ONE_BY_ONE, file]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
-    for x, y in zip(results(), torch.load(file), strict=True):
-        assert torch.equal(x, y)
+    remembered.forget()
+    for _ in range(2):  # of which the second asks only for what the first one did
+        for x, y in zip(results(), torch.load(file), strict=True):
+            assert torch.equal(x, y)
 
 
 @triton.jit
@@ -90,6 +93,38 @@ def test_programs_that_part_do_each_its_own():
     sums = torch.stack([x[i:j].sum() for i, j in pairwise(bounds)])
     assert torch.equal(total, sums * torch.tensor([1, -1, 1, -1, 1, -1, 1]))
     assert torch.equal(turns, bounds.diff().add(3).div(4, rounding_mode="floor").int())
+
+
+@triton.jit
+def product(x, y, plus: tl.constexpr):
+    return x * y + tl.full([1], plus, tl.float32)
+
+
+@triton.jit
+def larger(x, y):
+    if x > y:
+        return x
+    return y
+
+
+@triton.jit
+def helped_kernel(x_ptr, out_ptr):
+    x, y = tl.load(x_ptr), tl.load(x_ptr + 1)
+    lane = tl.arange(0, 1)
+    tl.store(out_ptr + lane, product(x, x, 0.0))
+    tl.store(out_ptr + 1 + lane, product(x, y, 0.0))
+    tl.store(out_ptr + 2 + lane, product(y, y, 1.0))
+    tl.store(out_ptr + 3 + lane, product(y, x, 1))
+    tl.store(out_ptr + 4, larger(x, y))
+    tl.store(out_ptr + 5, larger(y, x))
+
+
+def test_helpers_are_remembered_by_all_that_decides_what_they_do():
+    """Which of their operands are one, constants and their types, and numbers that they look at."""
+    out = torch.full([6], torch.nan)
+    for x, y in ((2.0, 3.0), (7.0, 5.0)):
+        helped_kernel[(1,)](torch.tensor([x, y]), out)
+        assert out.tolist() == [x * x, x * y, y * y + 1, x * y + 1, max(x, y), max(x, y)]
 
 
 @triton.jit
