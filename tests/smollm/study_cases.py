@@ -18,7 +18,7 @@ SMALL = ModelConfig(embed_dim=36, num_layers=1, ffn_hidden_dim=48)
 TINY = [
     "--preset=cpu", "--embed-dim=36", "--num-layers=1", "--ffn-hidden-dim=48", "--seq-len=32",
     "--batch-size=2", "--steps=6", "--warmup-steps=2", "--log-every=2", "--val-every=3",
-    "--val-tokens=128", "--generate-tokens=4", "--latent-dim=16",
+    "--val-tokens=128", "--generate-tokens=4", "--latent-dim=16", "--contexts", "8", "16",
 ]  # fmt: skip
 WITH_CTRL_C = (  # where this process was started to ignore it, its children are too
     "import runpy, signal, sys\n"
