@@ -6,6 +6,7 @@ import json
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def python_documents() -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
             continue
-        nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
+        nodes = (node for node in _statements(tree) if isinstance(node, documented))
         text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
         if text:
             yield text
@@ -131,6 +132,16 @@ def python_sources() -> Iterator[str]:
             continue
         if text:
             yield text
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Those of ast.walk in its order, but for expressions, which are most and have no docstring."""
+    nodes = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        yield node
+        parts = ast.iter_child_nodes(node)
+        nodes += [x for x in parts if isinstance(x, ast.stmt | ast.excepthandler | ast.match_case)]
 
 
 def _topics() -> Iterator[str]:

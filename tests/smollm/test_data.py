@@ -191,13 +191,16 @@ def test_validation_is_of_other_documents(corpus):
     assert len(train) + len(val) <= corpus.documents
 
 
-def test_the_builtin_corpus_is_the_same_every_time(corpus, tmp_path):
-    again = Corpus(prepare_builtin(tmp_path))
+def test_the_builtin_corpus_is_the_same_every_time(tmp_path, monkeypatch):
+    texts = list(islice(sources.python_documents(), 200))
+    assert texts == list(islice(sources.python_documents(), 200))
+    monkeypatch.setattr(prepare, "python_documents", lambda: iter(texts))
+    corpus, again = (Corpus(prepare_builtin(tmp_path / name)) for name in ("first", "second"))
     assert again.sha256 == corpus.sha256
     for name in ("train_000000.bin", "val_000000.bin", "tokenizer.json"):
         assert (again.folder / name).read_bytes() == (corpus.folder / name).read_bytes()
     stamp = (again.folder / "corpus.json").stat().st_mtime_ns
-    prepare_builtin(tmp_path)
+    prepare_builtin(tmp_path / "second")
     assert (again.folder / "corpus.json").stat().st_mtime_ns == stamp
 
 
