@@ -9,7 +9,13 @@ from cases import GENETIC_CASES, GeneticCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_parity
-from test_attention import DEVICE, EACH_FUSED, _outputs_start_as_nan, random  # noqa: F401 (autouse)
+from test_attention import (  # noqa: F401 (autouse)
+    DEVICE,
+    EACH_COMPILED,
+    EACH_FUSED,
+    _outputs_start_as_nan,
+    random,
+)
 from test_latent import measured
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -347,8 +353,7 @@ def test_opcheck(environment):
     torch.library.opcheck(ops.select_backward.default, (*genes, v, o, lse_log2, torch.rand_like(o)))
 
 
-@EACH_FUSED
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@EACH_COMPILED
 def test_compiles_as_one_graph(dynamic, impl):
     torch.compiler.reset()
     options = {"window_size": 7, "impl": impl}

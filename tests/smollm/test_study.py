@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -237,16 +238,6 @@ def test_a_folder_that_cannot_be_written_is_refused(data_dir, tmp_path, capsys, 
     assert (tmp_path / "taken" / "gqa").read_text() == "mine"
 
 
-def test_a_second_study_in_one_folder_is_refused(data_dir, tmp_path, capsys):
-    with train_py(tiny(["--steps=2000", "--val-every=2000"], data_dir, tmp_path)) as first:
-        wait_for(lambda: (tmp_path / "mha" / "metrics.jsonl").exists(), first)
-        again = ["--overwrite", "--variants", "gqa", "--steps=2"]
-        assert commands.main(tiny(again, data_dir, tmp_path)) == 2
-        words = capsys.readouterr().err
-        assert words.startswith(f"train.py: {tmp_path}: ") and f"process {first.pid} " in words
-        assert (tmp_path / "mha" / "metrics.jsonl").exists()
-
-
 def test_unknown_choices_are_refused_with_the_known_ones(capsys):
     for flags in (["--preset=huge"], ["--norm-strategy=peri"], ["--variants", "mqa"]):
         with pytest.raises(SystemExit) as stop:
@@ -279,15 +270,19 @@ def wait_for(ready, process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("when", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupt_keeps_the_results_so_far(when, data_dir, tmp_path):
-    """However often it comes, until the process has ended."""
+def test_a_running_study_keeps_its_folder_and_an_interrupt_its_results(data_dir, tmp_path, capsys):
+    """Another study is refused; of signals any may come, until the process has ended."""
     log = tmp_path / "mha" / "metrics.jsonl"
     with train_py(tiny(["--steps=2000", "--val-every=2000"], data_dir, tmp_path)) as process:
         wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
+        again = ["--overwrite", "--variants", "gqa", "--steps=2"]
+        assert commands.main(tiny(again, data_dir, tmp_path)) == 2
+        words = capsys.readouterr().err
+        assert words.startswith(f"train.py: {tmp_path}: ") and f"process {process.pid} " in words
+        signals = itertools.cycle((signal.SIGTERM, signal.SIGINT))
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            process.send_signal(when)
+            process.send_signal(next(signals))
             time.sleep(0.02)
         output, errors = process.communicate(timeout=10)
     assert process.returncode == 130 and errors == ""
