@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAIRS = {"2.11": "3.6", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}  # Triton by PyTorch
 NOT_COPIED = ".git", ".venv", ".data", "*.egg-info", "__pycache__", "ablation_results"
-TITLES = "torch", "triton", "tests", "kernels of the SmolLM shape"
+TITLES = "torch", "triton", "tests", "kernels of the SmolLM shape", "packed on Hopper"
 
 
 def run(*command: str | Path, cwd: Path) -> tuple[bool, str]:
@@ -45,10 +45,12 @@ def check(torch: str, triton: str, copy: Path, environment: Path) -> tuple[bool,
     ):
         done, said = run(*command, cwd=copy)
         if not done:
-            return False, (torch, triton, f"not installed: {said}", "")
+            return False, (torch, triton, f"not installed: {said}", "", "")
     tested, tests = run(python, "-m", "pytest", cwd=copy)
-    compiled, kernels = run(python, "-m", "bench.resources", "--width", "64", cwd=copy)
-    return tested and compiled, (*said.split(), tests, kernels)
+    report = python, "-m", "bench.resources", "--width", "64"
+    compiled, kernels = run(*report, cwd=copy)
+    also, packed = run(*report, "--packed", "--arch", "90", "--dtype", "bfloat16", cwd=copy)
+    return tested and compiled and also, (*said.split(), tests, kernels, packed)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -28,11 +28,12 @@ def test_ci_has_one_of_the_pairs():
 @pytest.mark.parametrize(
     ("fault", "row"),
     [
-        (None, "1.0 2.0 fine fine"),
+        (None, "1.0 2.0 fine fine fine"),
         ("install", "2.13 3.7 not installed: a fault"),
         ("-c", "2.13 3.7 not installed: a fault"),
-        ("pytest", "1.0 2.0 a fault fine"),
-        ("bench.resources", "1.0 2.0 fine a fault"),
+        ("pytest", "1.0 2.0 a fault fine fine"),
+        ("bench.resources", "1.0 2.0 fine a fault a fault"),
+        ("--packed", "1.0 2.0 fine fine a fault"),
     ],
 )
 def test_one_environment_fails_and_the_others_go_on(fault, row, monkeypatch, capsys):
@@ -49,7 +50,7 @@ def test_one_environment_fails_and_the_others_go_on(fault, row, monkeypatch, cap
     monkeypatch.setattr(matrix, "run", run)
     assert matrix.main([]) == (1 if fault else 0)
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert rows == ["1.0 2.0 fine fine", row, *["1.0 2.0 fine fine"] * 2]
+    assert rows == ["1.0 2.0 fine fine fine", row, *["1.0 2.0 fine fine fine"] * 2]
     assert wanted == [f"torch=={torch}.*" for torch in matrix.PAIRS]
     assert len(copies) == 4 and not any(copy.exists() for copy in copies)
 
