@@ -413,9 +413,8 @@ def genetic_attention(
         g, e, window_size=window_size, environment=environment, cu_seqlens=cu_seqlens
     )
     q, k = reference.gene_queries(gamma, selection_pressure, rope), reference.gene_keys(g, rope)
-    scale = 1.0  # the default, which graphs of dynamic numbers could not share between layers
-    problem = Problem(
-        q.to(g.dtype), k, v, scale=scale, cu_seqlens=cu_seqlens, window_size=window_size
+    problem = Problem(  # whose default scale graphs of dynamic numbers could not share by layers
+        q.to(g.dtype), k, v, scale=1.0, cu_seqlens=cu_seqlens, window_size=window_size
     )
     o, _ = attention(problem, with_excess=True)
     return o
