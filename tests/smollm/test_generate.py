@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_model import VOCAB, build, every_model
+from test_model import VOCAB, build, every_model, mixed
 from test_modules import MODULES, WIDTH
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -120,8 +120,11 @@ def recorded(step, times, device):
 SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
 
 
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@every_model
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [*((make, {}) for make in MODULES.values()), (mixed, {}), (mixed, SAMPLED)],
+    ids=[*MODULES, "mixed", "mixed-sampled"],  # whatever the model, drawing is the same
+)
 @pytest.mark.usefixtures("unread")
 def test_a_recorded_step_generates_the_same_tokens(make, options, monkeypatch):
     """Past windows, behind prompts of unequal lengths, and where sequences end."""
