@@ -33,6 +33,7 @@ from kernels.core.primitives import (
 from kernels.core.problem import Problem, cdiv, even_rows, power_of_2, without_padding
 from kernels.core.softmax import (
     at_lse,
+    head_bias,
     load_bias,
     load_lse,
     load_own_bias,
@@ -131,10 +132,8 @@ def dq_kernel(
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
     bias = ()
     if BIAS_PARTS:
-        bias_ptr = at_lse(bias_ptr, batch, head, q_heads, k_tokens, BIAS_PARTS)
         own_key = (start + shift + tl.arange(0, BLOCK_M))[:, None]
-        own = load_own_bias(bias_ptr, own_key, k_tokens, BIAS_PARTS)
-        bias = bias_ptr, k_tokens, own
+        bias = head_bias(bias_ptr, batch, head, q_heads, own_key, k_tokens, BIAS_PARTS)
     queries = (
         load_joint_rows(q_matrix, q_rope_matrix, start, BLOCK_M, D_QK, D_ROPE),
         load_rows(do_matrix, start, BLOCK_M, D_V),

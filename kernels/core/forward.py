@@ -24,8 +24,8 @@ from kernels.core.primitives import (
 from kernels.core.problem import Problem, cdiv, new_lse, without_padding
 from kernels.core.softmax import (
     at_lse,
+    head_bias,
     load_bias,
-    load_own_bias,
     softmax_step,
     store_lse,
     to_base_2,
@@ -95,10 +95,9 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     bias = ()
     if BIAS_PARTS:
-        bias_ptr = at_lse(bias_ptr, batch, head, q_heads, k_tokens, BIAS_PARTS)
         own_key = (start + shift + tl.arange(0, BLOCK_M))[:, None]
-        own = load_own_bias(bias_ptr, own_key, k_tokens, BIAS_PARTS)
-        bias = bias_ptr, k_tokens, own
+        bias = head_bias(bias_ptr, batch, head, q_heads, own_key, k_tokens, BIAS_PARTS)
+        _, _, own = bias
     if HAS_SINKS:  # a key of no value that every query sees
         sinks = tl.zeros_like(row_sum) + tl.load(sinks_ptr + head).to(tl.float32)
         for part in tl.static_range(BIAS_PARTS):

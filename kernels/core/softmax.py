@@ -51,6 +51,13 @@ def load_own_bias(ptr, key, keys, PARTS: tl.constexpr):
 
 
 @triton.jit
+def head_bias(ptr, batch, head, heads, own_key, keys, PARTS: tl.constexpr):
+    """What `load_bias` takes, of one head's bias and queries whose own keys are these."""
+    ptr = at_lse(ptr, batch, head, heads, keys, PARTS)
+    return ptr, keys, load_own_bias(ptr, own_key, keys, PARTS)
+
+
+@triton.jit
 def load_bias(bias, start, BLOCK: tl.constexpr, AXIS: tl.constexpr):
     """The parts of the bias of keys start, ..., which lie along the other axis than AXIS.
 
