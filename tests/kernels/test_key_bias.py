@@ -15,7 +15,7 @@ from test_attention import (  # noqa: F401 (an autouse fixture)
     random,
 )
 from test_decode import rows_of_query
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 import kernels
 from kernels import reference
@@ -24,7 +24,7 @@ from kernels.core.problem import Problem
 FAR = 131072  # a position whose running sums outgrow the digits of fp32
 SMALL = {"q_heads": 4, "k_heads": 2, "width": 16}
 CASES = [
-    AttentionCase("window", q_tokens=140, q_heads=2, width=16, window_size=75),
+    AttentionCase("window", q_tokens=80, q_heads=2, width=16, window_size=45),
     AttentionCase("batch", batch=2, q_tokens=20, **SMALL),
     AttentionCase("value-heads", q_tokens=33, q_heads=8, k_heads=4, v_heads=2, width=16),
     AttentionCase("packed", q_tokens=75, window_size=20, lengths=(45, 1, 0, 29), **SMALL),
@@ -166,20 +166,14 @@ def test_the_oracle_is_the_formula(case):
 
 @EACH_FUSED
 @EACH_CASE
-def test_parity(case, impl):
-    assert_parity(attend(case, impl), attend(case, "eager"), biased(case))
-
-
-@EACH_FUSED
-@cases("window", "value-heads", "packed", "sinks")
 def test_parity_of_a_bias_in_fp64(case, impl):
     assert_parity(attend(case, impl), attend(case, "eager"), biased(case, torch.float64))
 
 
 @EACH_FUSED
-@EACH_TYPE
 @EACH_LATENT
-def test_latent_parity(case, dtype, impl):
+def test_latent_parity(case, impl):
+    dtype = torch.float32 if case.rope else torch.float64
     assert_parity(attend(case, impl), attend(case, "eager"), biased(case, dtype))
 
 
@@ -206,9 +200,8 @@ def test_one_bias_for_all_batches_gets_the_sum_of_their_gradients(case, dtype, i
 
 
 @EACH_IMPL
-@EACH_TYPE
-@cases("value-heads")
-def test_the_bias_alone_may_ask_for_its_gradient(case, dtype, impl):
+def test_the_bias_alone_may_ask_for_its_gradient(impl):
+    case, dtype = BY_NAME["value-heads"], torch.float64
     inputs = biased(case, dtype)
     expected = results(attend(case, impl), inputs)["dkey_bias"]
     bias = inputs["key_bias"].requires_grad_()
@@ -242,7 +235,7 @@ def test_a_view_counts_as_its_copy(view, impl):
 
 @EACH_IMPL
 @EACH_TYPE
-@cases("bidirectional", "packed")
+@cases("bidirectional")
 def test_only_differences_matter(case, dtype, impl):
     """All numbers are exact, so that no digit is lost by what they have in common."""
     inputs = biased(case, dtype)
@@ -259,14 +252,12 @@ def test_only_differences_matter(case, dtype, impl):
 @EACH_IMPL
 @pytest.mark.parametrize("first", [0, FAR], ids=["early", "late"])
 def test_a_slope_is_the_bias_of_distances(first, impl):
-    case, heads = AttentionCase("", batch=2, q_tokens=70, **SMALL), 4
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0], device=DEVICE)
-    position = torch.arange(first, first + 70, device=DEVICE)
+    position = torch.arange(first, first + 40, device=DEVICE)
     bias = (slopes * position[:, None])[None]
-    assert bias.shape == (1, 70, heads)
-    inputs = case.inputs(torch.float32, DEVICE)
+    inputs = {name: random(2, 40, heads, 16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
 
-    def by_distance(q, k, v, **_):
+    def by_distance(q, k, v):
         k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
         distance = position[None, :] - position[:, None]
         scores = torch.einsum("bihd,bjhd->bhij", q, k) / 4 + slopes[:, None, None] * distance
@@ -274,14 +265,14 @@ def test_a_slope_is_the_bias_of_distances(first, impl):
         return {"o": torch.einsum("bhij,bjhd->bihd", weights, v)}
 
     def by_position(**given):
-        return {"o": kernels.attention(**given | {"key_bias": bias}, impl=impl)}
+        return {"o": kernels.attention(**given, key_bias=bias, impl=impl)}
 
     assert_all_close(results(by_position, inputs), results(by_distance, exactly(inputs)))
 
 
 @EACH_IMPL
 @pytest.mark.parametrize("case", [
-    BY_NAME["window"], BY_NAME["value-heads"], BY_NAME["packed"], LATENT_CASES[0]
+    BY_NAME["window"], BY_NAME["value-heads"], LATENT_CASES[0]
 ], ids=lambda case: case.name)  # fmt: skip
 def test_gates_forget_as_precisely_late_as_early(case, impl):
     inputs = biased(case)
@@ -351,11 +342,11 @@ def test_the_bias_of_keys_that_no_query_sees_may_be_anything(k_tokens, poison, d
 @EACH_IMPL
 @pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
 def test_a_bias_out_of_sight_changes_no_bit(packed, impl):
-    row, first = 100, 81
-    case = AttentionCase("", q_tokens=130, window_size=20, q_heads=2, width=16)
+    row, first = 50, 31
+    case = AttentionCase("", q_tokens=70, window_size=20, q_heads=2, width=16)
     if packed:
-        first = 90
-        case = dataclasses.replace(case, window_size=None, lengths=(90, 40))
+        first = 40
+        case = dataclasses.replace(case, window_size=None, lengths=(40, 30))
     inputs, do = biased(case), random(1, 2, 16)
 
     def of_row(bias):
@@ -403,10 +394,10 @@ def test_empty_tensors(shape, batch, impl):
 
 
 def test_nothing_is_quadratic():
-    case = AttentionCase("", q_tokens=150, q_heads=2, width=16, window_size=70)
+    case = AttentionCase("", q_tokens=80, q_heads=2, width=16, window_size=30)
     with Ops() as ops:
         results(attend(case, "triton"), biased(case, torch.float64))
-    assert ops.largest == 150 * 2 * 16
+    assert ops.largest == 80 * 2 * 16
 
 
 @EACH_FUSED
@@ -430,9 +421,8 @@ def test_rows_that_no_query_sees_may_have_any_bias(case, impl):
     clean = decode(case, inputs, impl)
     seen = torch.stack([rows_of_query(case, i) for i in range(case.q_tokens or 1)]).any(0)
     assert not seen.all()
-    for poison in (torch.nan, torch.inf):
-        poisoned = inputs["key_bias"].masked_fill(~seen[..., None], poison)
-        assert torch.equal(decode(case, inputs | {"key_bias": poisoned}, impl), clean)
+    poisoned = inputs["key_bias"].masked_fill(~seen[..., None], torch.nan)
+    assert torch.equal(decode(case, inputs | {"key_bias": poisoned}, impl), clean)
 
 
 def in_a_ring(x, rows, length):
@@ -478,7 +468,7 @@ def test_decoding_is_the_last_rows_of_attention(q_tokens, window_size, rows, off
 
 @EACH_IMPL
 def test_generating_token_by_token_is_attention(impl):
-    tokens, rows, window = 9, 5, 4
+    tokens, rows, window = 7, 4, 3
     q, k, v = (random(2, tokens, heads, 16) for heads in (4, 2, 1))
     bias = gates(2, tokens, 4)
     expected = kernels.attention(q, k, v, window_size=window, key_bias=bias, impl="eager")
@@ -574,15 +564,6 @@ def test_each_example_decodes_with_its_bias(case, impl):
     found = vmap(lambda bias: decode(case, inputs | {"key_bias": bias}, impl))(biases)
     expected = torch.stack([decode(case, inputs | {"key_bias": x}, impl) for x in biases])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@EACH_FUSED
-def test_forward_mode_is_refused(impl):
-    case = BY_NAME["batch"]
-    inputs = biased(case)
-    bias = inputs.pop("key_bias")
-    with pytest.raises(NotImplementedError, match="impl: expected 'eager' in forward mode"):
-        jvp(lambda x: attend(case, impl)(**inputs, key_bias=x)["o"], (bias,), (bias,))
 
 
 @EACH_FUSED
