@@ -187,7 +187,7 @@ def bias_parts(key_bias: Tensor) -> Tensor:
 
 
 def bias_of(key_bias: Tensor, keys: Tensor) -> Tensor:
-    """The bias of some keys, 0 where it is no number; a constant that a softmax is free of.
+    """The bias of some keys, 0 where it hides them; a constant that a softmax is free of.
 
     Args:
         key_bias: [B or 1, Tk, HQ].
@@ -201,7 +201,7 @@ def bias_of(key_bias: Tensor, keys: Tensor) -> Tensor:
         return bias.new_zeros(bias.shape[0], keys.shape[1], bias.shape[2])
     batch = torch.arange(bias.shape[0], device=bias.device)[:, None]
     own = bias[batch, keys.clamp(0, tokens - 1)]
-    return torch.where(own.isfinite(), own, 0.0)
+    return torch.where(own.abs() < 1e30, own, 0.0)  # or a difference to it may be infinite
 
 
 def new_lse(q: Tensor) -> Tensor:

@@ -36,13 +36,13 @@ def softmax_step(scores, row_max_log2, row_sum, scale_log2):
 
 @triton.jit
 def load_own_bias(ptr, key, keys, PARTS: tl.constexpr):
-    """The parts of the bias of queries' own keys, 0 where it is no number.
+    """The parts of the bias of queries' own keys, 0 where it hides them.
 
     Those before the first key or behind the last have its.
     """
     key = tl.minimum(tl.maximum(key, 0), keys - 1)
     first = tl.load(ptr + key, mask=key >= 0, other=0.0)
-    is_number = tl.abs(first) < float("inf")
+    is_number = tl.abs(first) < 1e30  # or a difference to it may be infinite
     parts = (tl.where(is_number, first, 0.0),)
     if PARTS == 2:
         rest = tl.load(ptr + keys + key, mask=key >= 0, other=0.0)

@@ -179,7 +179,7 @@ def test_latent_parity(case, impl):
 
 @EACH_FUSED
 @EACH_TYPE
-@cases("value-heads")
+@cases("value-heads", "sinks")
 def test_parity_in_bfloat16(case, dtype, impl):
     bias = biased(case, dtype)["key_bias"] / 3  # sharper ones cost dS more digits than the twin's
     inputs = case.inputs(torch.bfloat16, DEVICE) | {"key_bias": bias}
@@ -297,6 +297,19 @@ def test_minus_infinity_hides_a_key(case, impl):
     assert_all_close(found, expected)
     assert found["dkey_bias"][hidden].eq(0).all()
     assert found["dk"].isfinite().all() and found["dv"].isfinite().all()
+
+
+@EACH_IMPL
+@EACH_TYPE
+def test_the_lowest_number_hides_a_key(dtype, impl):
+    """From queries that see others, be it their own."""
+    case = BY_NAME["bidirectional"]
+    inputs = biased(case, dtype)
+    expected = inputs | {"key_bias": inputs["key_bias"].clone()}
+    inputs["key_bias"][:, 60:] = torch.finfo(dtype).min
+    expected["key_bias"][:, 60:] = -torch.inf
+    found, expected = (results(attend(case, impl), x) for x in (inputs, expected))
+    assert_all_close(found, expected)
 
 
 @EACH_IMPL
