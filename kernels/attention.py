@@ -185,9 +185,10 @@ def attention(
         sinks: [HQ], a learned logit per head that joins the softmax, and so the lse, and
             carries no value; -inf is none, inf and nan give nan. Default None.
         key_bias: b [B, Tk, HQ], or [1, Tk, HQ] for all, fp32 or fp64: added to a query head's
-            scores of a key; -inf hides it. Default None, for 0. Differences alone count, so that
-            slope * position is ALiBi and a running sum of gates forgets; they are what is computed
-            with, and in fp64 they keep the digits of fp32 at any length.
+            scores of a key. Default None, for 0. Differences alone count, so that slope * position
+            is ALiBi and a running sum of gates forgets; they are what is computed with, and in
+            fp64 they keep the digits of fp32 at any length. -inf hides a key, so does -2**24 or
+            less; a lesser mask on a query's own key takes digits from the others.
         return_lse: also return the log-sum-exp of the scores. Default False.
         impl: "triton", "sdpa", "eager", or "auto" (default): Triton for CUDA tensors, PyTorch's
             fused attention by blocks for CPU tensors, else eager. Triton takes fp16, bf16 and

@@ -13,6 +13,7 @@ from torch import Tensor
 
 UNLIMITED = 2**30  # tokens; sums with a position stay inside int32
 LOG2_E = math.log2(math.e)
+LARGEST_BIAS = 2.0**24  # of a key that is not hidden; less it, others would have no digits left
 
 
 class Problem(NamedTuple):
@@ -201,7 +202,7 @@ def bias_of(key_bias: Tensor, keys: Tensor) -> Tensor:
         return bias.new_zeros(bias.shape[0], keys.shape[1], bias.shape[2])
     batch = torch.arange(bias.shape[0], device=bias.device)[:, None]
     own = bias[batch, keys.clamp(0, tokens - 1)]
-    return torch.where(own.abs() < 1e30, own, 0.0)  # or a difference to it may be infinite
+    return torch.where(own.abs() < LARGEST_BIAS, own, 0.0)
 
 
 def new_lse(q: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kernels.core import problem
 from kernels.core.primitives import (
     LOG2_E,
     LOWEST,
@@ -11,6 +12,8 @@ from kernels.core.primitives import (
     rounded,
     store_vector,
 )
+
+LARGEST_BIAS = tl.constexpr(problem.LARGEST_BIAS)
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def load_own_bias(ptr, key, keys, PARTS: tl.constexpr):
     """
     key = tl.minimum(tl.maximum(key, 0), keys - 1)
     first = tl.load(ptr + key, mask=key >= 0, other=0.0)
-    is_number = tl.abs(first) < 1e30  # or a difference to it may be infinite
+    is_number = tl.abs(first) < LARGEST_BIAS
     parts = (tl.where(is_number, first, 0.0),)
     if PARTS == 2:
         rest = tl.load(ptr + keys + key, mask=key >= 0, other=0.0)
