@@ -4,7 +4,7 @@ What tensors must have in common is checked by `kernels.tensors`.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal, TypeVar, get_args
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.core.problem import padded_width
+from kernels.derivatives import ask_for_gradients
 from kernels.tensors import (
     KERNEL_FLOATS,
     Sizes,
@@ -296,16 +297,19 @@ def implementation(
     impl: str,
     inputs: Mapping[str, Tensor | None],
     widest: int = 256,
-    has_backward: bool = True,
+    others: Sequence[Tensor | None] | None = None,
 ) -> Literal["eager", "sdpa", "triton"]:
-    """Resolve `impl` for an op's inputs by name; what it cannot serve is refused."""
+    """Resolve `impl` for an op's inputs by name; what it cannot serve is refused.
+
+    Of an op whose backward is in eager alone, `others` may ask for it too.
+    """
     if impl not in _IMPLS:
         raise ValueError(f"impl: expected one of {_IMPLS}, got {impl!r}")
     given = {name: x for name, x in inputs.items() if x is not None}
     device = next(iter(given.values())).device.type
     if impl == "auto" and device != "cuda":
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given.values())
-        impl = "sdpa" if device == "cpu" and (has_backward or not wanted) else "eager"
+        wanted = others is not None and ask_for_gradients(*given.values(), *others)
+        impl = "sdpa" if device == "cpu" and not wanted else "eager"
     if impl == "eager":
         return "eager"
     if impl == "sdpa":

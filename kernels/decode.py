@@ -114,7 +114,7 @@ def attention_decode(
     )
     window_size = checks.bounded(window_size)
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    way = checks.implementation(impl, inputs, has_backward=False)
+    way = checks.implementation(impl, inputs, others=(sinks, key_bias))
     if way != "eager":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         caches = k_cache, v_cache, None, None, cache_lengths
@@ -191,7 +191,7 @@ def latent_decode(
         "latent_cache": latent_cache,
         "rope_cache": rope_cache,
     }
-    way = checks.implementation(impl, inputs, widest=512, has_backward=False)
+    way = checks.implementation(impl, inputs, widest=512, others=(key_bias,))
     if way != "eager":
         decode = sdpa.decode if way == "sdpa" else _decode
         caches = latent_cache, None, q_rope, rope_cache, cache_lengths
@@ -267,7 +267,7 @@ def genetic_decode(
     )
     window_size = checks.bounded(window_size)
     inputs = {"g": g, "e": e, "g_cache": g_cache, "k_cache": k_cache, "v_cache": v_cache}
-    way = checks.implementation(impl, inputs, has_backward=False)
+    way = checks.implementation(impl, inputs, others=(selection_pressure,))
     if way == "eager":
         return reference.genetic_decode(
             g,

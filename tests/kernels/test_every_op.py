@@ -53,7 +53,7 @@ OPS = {
     ),
     "attention-batch": Op(
         partial(kernels.attention, return_lse=True),
-        AttentionCase("", batch=3, q_tokens=TOKENS, k_tokens=30, width=16, sinks=True),
+        AttentionCase("", batch=3, q_tokens=TOKENS, k_tokens=30, width=16, sinks=True, bias=0.0),
     ),
     "latent": Op(kernels.latent_attention, LatentCase("", tokens=TOKENS, nope=16, **PACKED)),
     "decode": Op(
@@ -63,11 +63,13 @@ OPS = {
     ),
     "decode-tokens": Op(
         kernels.attention_decode,
-        DecodeCase("", (70, 70, 70), 40, 3, q_heads=4, k_heads=2, width=16, sinks=True),
+        DecodeCase("", (70, 70, 70), 40, 3, q_heads=4, k_heads=2, width=16, sinks=True, bias=0.0),
         False,
     ),
     "latent-decode": Op(
-        kernels.latent_decode, DecodeCase("", (30, 30, 30), width=16, rope=8, latent=True), False
+        kernels.latent_decode,
+        DecodeCase("", (30, 30, 30), width=16, rope=8, latent=True, bias=0.0),
+        False,
     ),
     "fitness": Op(kernels.gene_fitness, GeneticCase("", tokens=TOKENS, width=16, **PACKED)),
     "genetic": Op(
@@ -215,3 +217,13 @@ def test_a_loss_of_one_output_gives_every_input_a_gradient(used, impl):
     expected = results(op, "eager", inputs, both)[2:]
     assert_same(got, expected, "eager")
     assert got[list(leaves).index("v")].eq(0).all() == (used == 1)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton, which CUDA tensors take, has no such backward")
+@EACH_OP
+def test_what_nobody_chose_has_a_gradient_of_whichever_input_asks(op):
+    inputs = op.inputs()
+    for name, x in leaves_of(inputs).items():
+        if x.requires_grad:
+            outputs = op("auto", inputs | {name: x})
+            assert torch.autograd.grad(outputs[0].sum(), x)[0].isfinite().all()
