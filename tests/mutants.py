@@ -49,7 +49,7 @@ MUTANTS = {
     "sinks left out of the sum": (FORWARD, "row_sum += 1.0", "row_sum += 0.0"),
     "dsinks of the wrong sign": (OP, "dsinks = -(", "dsinks = ("),
     "dsinks without the excess": (PROBLEM, "exact = excess +", "exact ="),
-    "scores without their bias": (SOFTMAX, "scores += difference * LOG2_E", "scores += 0.0"),
+    "scores without their bias": (SOFTMAX, " + difference * LOG2_E", ""),
     "bias without the digits of fp64": (PROBLEM, "rest = bias - parts[0]",
                                         "rest = bias - bias"),
     "bias of the first head for all": (BACKWARD, "bias_ptr += turns * BIAS_PARTS * k_tokens",

@@ -32,6 +32,7 @@ from kernels.core.primitives import (
 )
 from kernels.core.problem import Problem, cdiv, even_rows, power_of_2, without_padding
 from kernels.core.softmax import (
+    add_bias,
     at_lse,
     head_bias,
     load_bias,
@@ -39,7 +40,6 @@ from kernels.core.softmax import (
     load_own_bias,
     score_gradient,
     softmax_weights,
-    to_base_2,
 )
 
 DELTA_ELEMENTS = 4096  # of a tile
@@ -91,7 +91,7 @@ def _query_gradient(
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
         dweights = inner_products(do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
         if len(bias):
-            scores = to_base_2(scores, key_bias, bias, scale_log2)
+            scores = add_bias(scores, key_bias, bias[2], scale_log2)
         weights = softmax_weights(scores, lse_log2, rest_log2)
         weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_N)
         dscores = cast(score_gradient(weights, dweights, delta[:, None]), k[0].dtype)
@@ -187,13 +187,12 @@ def _key_gradients(
         if BIAS_PARTS:
             own_key = (start + shift + tl.arange(0, BLOCK_M))[None, :]
             own = load_own_bias(bias_ptr, own_key, k_tokens, BIAS_PARTS)
-            own_bias = bias_ptr, k_tokens, own
-            key_bias = load_bias(own_bias, first_key, BLOCK_N, 1)
+            key_bias = load_bias((bias_ptr, k_tokens, own), first_key, BLOCK_N, 1)
         scores = inner_products(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
         dweights = inner_products(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
         delta = load_vector(delta_ptr, start, q_tokens, BLOCK_M)
         if BIAS_PARTS:
-            scores = to_base_2(scores, key_bias, own_bias, scale_log2)
+            scores = add_bias(scores, key_bias, own, scale_log2)
         weights = softmax_weights(scores, lse_log2, rest_log2)
         weights = hide_unmet(weights, 0.0, bounds, partners, start, BLOCK_M)
         dv = accumulate(weights, do, dv, PRECISION)  # [BLOCK_N, D_V]
@@ -231,8 +230,8 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk = scale dS^T q and dv = P^T do for BLOCK_N keys of one value head and its key heads.
 
-    That of their bias is dS^T 1, written for each query head that has a query near. The rotary
-    part of dk is each key head's share of the one that all heads have in common.
+    The gradient of their bias, dS^T 1, is written for each query head that has a query near. The
+    rotary part of dk is each key head's share of the one that all heads have in common.
     Grid: (key tiles * B * HV,), the first keys, which the most queries see, first.
     """
     tile, batch, v_head = locate_program(batches, v_heads)

@@ -33,10 +33,7 @@ from kernels.core.problem import (
     power_of_2,
     reach_behind,
 )
-from kernels.core.softmax import (
-    at_lse,
-    load_own_bias,
-)
+from kernels.core.softmax import at_lse, load_own_bias
 
 KEYS_OF_A_SPLIT = 128  # at the least
 MOST_SPLITS = 128

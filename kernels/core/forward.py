@@ -23,12 +23,12 @@ from kernels.core.primitives import (
 )
 from kernels.core.problem import Problem, cdiv, new_lse, without_padding
 from kernels.core.softmax import (
+    add_bias,
     at_lse,
     head_bias,
     load_bias,
     softmax_step,
     store_lse,
-    to_base_2,
 )
 
 
@@ -52,7 +52,7 @@ def attend(
         key_bias = load_bias(bias, start, BLOCK_N, 0)
         scores = inner_products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
         if len(bias):
-            scores = to_base_2(scores, key_bias, bias, scale_log2)
+            scores = add_bias(scores, key_bias, bias[2], scale_log2)
         scores = hide_unmet(scores, float("-inf"), bounds, partners, start, BLOCK_N, True)
         weights, rescale, row_max_log2, row_sum = softmax_step(
             scores, row_max_log2, row_sum, rest_log2

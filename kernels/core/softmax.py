@@ -77,16 +77,12 @@ def load_bias(bias, start, BLOCK: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def to_base_2(scores, parts, bias, scale_log2):
-    """Base-2 scores with a bias that is loaded, or without one."""
-    scores *= scale_log2
-    if len(bias):
-        own = bias[2]
-        difference = parts[0] - own[0]
-        for part in tl.static_range(1, len(own)):
-            difference += parts[part] - own[part]
-        scores += difference * LOG2_E
-    return scores
+def add_bias(scores, key_bias, own, scale_log2):
+    """Base-2 scores with the keys' bias, less that of the queries' own keys."""
+    difference = key_bias[0] - own[0]
+    for part in tl.static_range(1, len(own)):
+        difference += key_bias[part] - own[part]
+    return scores * scale_log2 + difference * LOG2_E
 
 
 # The base-2 lse of fp32 queries has two parts, the second what rounding takes off the first; or
