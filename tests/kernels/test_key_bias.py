@@ -1,11 +1,11 @@
-"""A bias of keys in attention and decoding, through each implementation alike."""
+"""A bias of keys in attention, through each implementation alike; decoding refuses as it does."""
 
 import dataclasses
 
 import pytest
 import torch
 from cases import AttentionCase, DecodeCase, LatentCase
-from numerics import assert_close_to_truth, assert_parity, outputs_and_gradients
+from numerics import assert_parity, outputs_and_gradients
 from test_attention import (  # noqa: F401 (an autouse fixture)
     DEVICE,
     EACH_FUSED,
@@ -14,12 +14,9 @@ from test_attention import (  # noqa: F401 (an autouse fixture)
     _outputs_start_as_nan,
     random,
 )
-from test_decode import rows_of_query
-from torch.func import grad, vmap
 
 import kernels
 from kernels import reference
-from kernels.core.problem import Problem
 
 FAR = 131072  # a position whose running sums outgrow the digits of fp32
 SMALL = {"q_heads": 4, "k_heads": 2, "width": 16}
@@ -43,19 +40,8 @@ LATENT_CASES = [
     LatentCase("packed", tokens=40, nope=16, rope=8, v_width=16, lengths=(16, 1, 23)),
     LatentCase("bidirectional", tokens=20, nope=16, rope=8, v_width=16, causal=False),
 ]
-DECODE_CASES = [
-    DecodeCase("ragged", (0, 1, 20, 40), 40, **SMALL),
-    DecodeCase("ring-window", (70, 64, 30), 50, window_size=20, **SMALL),
-    DecodeCase("value-heads", (50, 70), 40, 3, q_heads=8, k_heads=4, v_heads=2, width=16),
-    DecodeCase("tokens-before-the-first", (3, 0, 6), 20, 5, **SMALL),
-    DecodeCase("splits", (700, 37), 520, window_size=500, sinks=True, **SMALL),
-    DecodeCase("sinks-tokens", (70, 2), 40, 3, window_size=20, sinks=True, **SMALL),
-    DecodeCase("latent", (70, 3), 40, q_heads=4, width=16, rope=8, latent=True),
-    DecodeCase("latent-tokens", (70, 3), 40, 3, 4, width=16, window_size=9, latent=True),
-]
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 EACH_LATENT = pytest.mark.parametrize("case", LATENT_CASES, ids=lambda case: case.name)
-EACH_DECODE = pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
 EACH_TYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 
 
@@ -411,232 +397,6 @@ def test_nothing_is_quadratic():
     with Ops() as ops:
         results(attend(case, "triton"), biased(case, torch.float64))
     assert ops.largest == 80 * 2 * 16
-
-
-@EACH_FUSED
-@EACH_DECODE
-@pytest.mark.parametrize(("batch", "dtype"), [(None, torch.float32), (1, torch.float64)])
-def test_decode_parity(case, batch, dtype, impl):
-    inputs = biased(case, dtype, batch)
-    exact = exactly(inputs)
-    o, twin, truth = (
-        decode(case, x, kind) for x, kind in ((inputs, impl), (inputs, "eager"), (exact, "eager"))
-    )
-    assert o.dtype == torch.float32
-    assert_close_to_truth(o, twin, truth, "o")
-
-
-@EACH_IMPL
-@pytest.mark.parametrize("case", [x for x in DECODE_CASES if "value" not in x.name],
-                         ids=lambda case: case.name)  # fmt: skip
-def test_rows_that_no_query_sees_may_have_any_bias(case, impl):
-    inputs = biased(case)
-    clean = decode(case, inputs, impl)
-    seen = torch.stack([rows_of_query(case, i) for i in range(case.q_tokens or 1)]).any(0)
-    assert not seen.all()
-    poisoned = inputs["key_bias"].masked_fill(~seen[..., None], torch.nan)
-    assert torch.equal(decode(case, inputs | {"key_bias": poisoned}, impl), clean)
-
-
-def in_a_ring(x, rows, length):
-    """What a cache of so many rows holds of the first tokens of x [B, T, ...], nan elsewhere."""
-    ring = torch.full_like(x[:, :1].expand(-1, rows, *x.shape[2:]), torch.nan)
-    for position in range(length):
-        ring[:, position % rows] = x[:, position]
-    return ring
-
-
-@EACH_IMPL
-@pytest.mark.parametrize("latent", [False, True], ids=["attention", "latent"])
-@pytest.mark.parametrize("offset", [0.0, 1e5])
-@pytest.mark.parametrize(("q_tokens", "window_size", "rows"), [
-    (1, None, 31), (3, None, 40), (1, 9, 9), (3, 9, 11), (4, 5, 20)
-])  # fmt: skip
-def test_decoding_is_the_last_rows_of_attention(q_tokens, window_size, rows, offset, latent, impl):
-    """Of a whole cache, or of a ring that has just all that they see, which has turned around."""
-    tokens, heads = 31, 4
-    q, bias = random(2, tokens, heads, 16), gates(2, tokens, heads) + offset
-    k, v = (random(2, tokens, 1 if latent else 2, 16) for _ in range(2))
-    sinks = None if latent else random(heads) + offset
-    v = k if latent else v
-    arguments = {"window_size": window_size, "scale": 0.3}
-    expected = kernels.attention(
-        q.double(), k.double(), v.double(), key_bias=bias, sinks=sinks, **arguments, impl="eager"
-    )[:, -q_tokens:].float()
-    ring = {
-        name: in_a_ring(x, rows, tokens) for name, x in (("k", k), ("v", v), ("key_bias", bias))
-    }
-    lengths = torch.full((2,), tokens, dtype=torch.int32, device=DEVICE)
-    arguments |= {"key_bias": ring["key_bias"], "impl": impl}
-    if latent:
-        o = kernels.latent_decode(
-            q[:, -q_tokens:, :, :], None, ring["k"][:, :, 0], None, lengths, **arguments
-        )
-    else:
-        o = kernels.attention_decode(
-            q[:, -q_tokens:], ring["k"], ring["v"], lengths, sinks=sinks, **arguments
-        )
-    torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
-
-
-@EACH_IMPL
-def test_generating_token_by_token_is_attention(impl):
-    tokens, rows, window = 7, 4, 3
-    q, k, v = (random(2, tokens, heads, 16) for heads in (4, 2, 1))
-    bias = gates(2, tokens, 4)
-    expected = kernels.attention(q, k, v, window_size=window, key_bias=bias, impl="eager")
-    for length in range(1, tokens + 1):
-        k_ring, v_ring, bias_ring = (in_a_ring(x, rows, length) for x in (k, v, bias))
-        lengths = torch.full((2,), length, dtype=torch.int32, device=DEVICE)
-        for places in (length - 1, slice(max(0, length - 2), length)):
-            o = kernels.attention_decode(
-                q[:, places],
-                k_ring,
-                v_ring,
-                lengths,
-                window_size=window,
-                key_bias=bias_ring,
-                impl=impl,
-            )
-            torch.testing.assert_close(o, expected[:, places], atol=1e-5, rtol=1e-5)
-
-
-@EACH_IMPL
-@pytest.mark.parametrize("q_tokens", [None, 3])
-def test_minus_infinity_hides_a_row_of_the_cache(q_tokens, impl):
-    case = DecodeCase("", (70, 1, 30), 40, q_tokens, **SMALL)
-    inputs = biased(case)
-    hidden = torch.rand_like(inputs["key_bias"]) < 0.5
-    hidden[1] = True
-    hidden[2, 29] = True  # the newest one's own
-    inputs["key_bias"] = inputs["key_bias"].masked_fill(hidden, -torch.inf)
-    o = decode(case, inputs, impl)
-    assert o[1].eq(0).all()
-    truth = decode(case, exactly(inputs), "eager")
-    assert_close_to_truth(o, decode(case, inputs, "eager"), truth, "o")
-    inputs["v_cache"] = torch.eye(40, device=DEVICE)[None, :, None].expand(3, 40, 2, 40)
-    weights = decode(case, inputs, impl).reshape(3, -1, 4, 40)
-    for token in range(weights.shape[1]):
-        seen = rows_of_query(case, token)[..., None] & ~hidden
-        assert torch.equal(weights[:, token] != 0, seen.mT)
-
-
-@EACH_IMPL
-@pytest.mark.parametrize("shape", [((), 9, None), ((0,), 0, None), ((9,), 9, 0)],
-                         ids=["B", "S", "Tq"])  # fmt: skip
-def test_decoding_of_empty_tensors(shape, impl):
-    case = DecodeCase("", *shape, **SMALL)
-    for batch in (None, 1):
-        inputs = biased(case, torch.float64, batch)
-        o = decode(case, inputs, impl)
-        assert o.shape == inputs["q"].shape and o.eq(0).all()
-
-
-@EACH_FUSED
-@pytest.mark.parametrize("latent", [False, True], ids=["attention", "latent"])
-def test_decoding_has_no_gradient_of_a_bias(latent, impl):
-    case = DecodeCase("", width=16, latent=latent)
-    inputs = biased(case)
-    inputs["key_bias"].requires_grad_()
-    with pytest.raises(NotImplementedError, match="decoding: expected no backward"):
-        decode(case, inputs, impl).sum().backward()
-
-
-@EACH_IMPL
-@pytest.mark.parametrize(("packed", "shared"), [
-    (False, ()), (False, ("key_bias",)), (True, ("q", "k", "v"))
-], ids=["all", "one-bias", "biases"])  # fmt: skip
-def test_each_example_has_its_gradients(packed, shared, impl):
-    case = AttentionCase("", batch=1 if packed else 2, q_tokens=20, **SMALL)
-    if packed:
-        case = dataclasses.replace(case, lengths=(7, 13))
-    inputs = biased(case, torch.float64, batch=1)
-    fixed = {name: x for name, x in inputs.items() if name in ("cu_seqlens", "sinks")}
-    one = {name: x for name, x in inputs.items() if name not in fixed}
-    axes = {name: None if name in shared else 0 for name in one}
-    given = {n: x if n in shared else torch.stack((x, x.flip(1))) for n, x in one.items()}
-
-    def loss(given, impl=impl):
-        return sum(x.double().square().sum() for x in attend(case, impl)(**given, **fixed).values())
-
-    each = [{n: x if n in shared else x[i] for n, x in given.items()} for i in range(2)]
-    expected = [grad(lambda x: loss(x, "eager"))(x) for x in each]
-    found = vmap(grad(loss), in_dims=(axes,))(given)
-    stacked = {n: torch.stack([x[n] for x in expected]) for n in given}
-    assert_all_close(found, stacked, atol=1e-4, rtol=1e-4)
-    total = grad(lambda given: vmap(loss, in_dims=(axes,))(given).sum())(given)
-    summed = {n: x.sum(0) if n in shared else x for n, x in stacked.items()}
-    assert_all_close(total, summed, atol=1e-4, rtol=1e-4)
-
-
-@EACH_IMPL
-@pytest.mark.parametrize("case", [DECODE_CASES[1], DECODE_CASES[-1]], ids=lambda case: case.name)
-def test_each_example_decodes_with_its_bias(case, impl):
-    inputs = biased(case)
-    biases = torch.stack([inputs["key_bias"], inputs["key_bias"].flip(1)])
-    found = vmap(lambda bias: decode(case, inputs | {"key_bias": bias}, impl))(biases)
-    expected = torch.stack([decode(case, inputs | {"key_bias": x}, impl) for x in biases])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@EACH_FUSED
-def test_compiles_as_one_graph(impl):
-    torch.compiler.reset()
-    case = AttentionCase("", batch=2, q_tokens=20, window_size=7, **SMALL)
-
-    def loss(q, k, v, bias):
-        outputs = attend(case, impl)(q=q, k=k, v=v, key_bias=bias)
-        return sum(x.double().square().sum() for x in outputs.values())
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    inputs = biased(case, torch.float64, batch=1)
-    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "key_bias")]
-    found, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-@EACH_FUSED
-def test_decoding_compiles_as_one_graph(impl):
-    torch.compiler.reset()
-    case = DecodeCase("", (70, 3), 40, **SMALL)
-    compiled = torch.compile(
-        lambda inputs: decode(case, inputs, impl) * 2, fullgraph=True, backend="aot_eager"
-    )
-    inputs = biased(case, batch=1)
-    torch.testing.assert_close(compiled(inputs), decode(case, inputs, impl) * 2)
-
-
-def test_opcheck():
-    """Schemas and fakes; what is traced is compiled above."""
-    q, k, v = random(2, 20, 6, 16), random(2, 20, 2, 16), random(2, 20, 2, 24)
-    bias = random(2, 20, 6).double()
-    problem = Problem(q, k, v, sinks=random(6), key_bias=bias, scale=0.25, window_size=5)
-    ops, tests = torch.ops.smollm_attention, ("test_schema", "test_faketensor")
-    o, lse = ops.forward(*problem)
-    gradients = torch.randn_like(o), torch.randn_like(lse)
-    lengths = torch.tensor([25, 7], dtype=torch.int32, device=DEVICE)
-    decoded = (q[:, :3], k, v, None, None, lengths, None, bias, 9, 0.25)
-    calls = [
-        (ops.forward, problem),
-        (ops.backward, (*problem, o, lse, *gradients, True)),
-        (ops.decode, decoded),
-        (ops.sdpa_decode, decoded),
-    ]
-    for op, arguments in calls[: 4 if DEVICE == "cpu" else 3]:
-        torch.library.opcheck(op.default, arguments, test_utils=tests)
-
-
-def test_gradcheck_of_the_oracle():
-    leaves = [random(1, t, h, 3).double().requires_grad_() for t, h in ((4, 2), (6, 2), (6, 1))]
-    bias, sinks = (random(*shape).double().requires_grad_() for shape in ((1, 6, 2), (2,)))
-
-    def op(q, k, v, bias, sinks):
-        return kernels.attention(
-            q, k, v, key_bias=bias, sinks=sinks, window_size=3, return_lse=True, impl="eager"
-        )
-
-    assert torch.autograd.gradcheck(op, (*leaves, bias, sinks))
 
 
 Q, K = torch.zeros(2, 5, 6, 8), torch.zeros(2, 7, 3, 8)

@@ -1,0 +1,19 @@
+"""Named cases of every op, shared by the tests."""
+
+from cases.attention import ATTENTION_CASES, AttentionCase
+from cases.decode import DECODE_CASES, DecodeCase
+from cases.genetic import GENETIC_CASES, GENETIC_DECODE_CASES, GeneticCase, GeneticDecodeCase
+from cases.latent import LATENT_CASES, LatentCase
+
+__all__ = [
+    "ATTENTION_CASES",
+    "DECODE_CASES",
+    "GENETIC_CASES",
+    "GENETIC_DECODE_CASES",
+    "LATENT_CASES",
+    "AttentionCase",
+    "DecodeCase",
+    "GeneticCase",
+    "GeneticDecodeCase",
+    "LatentCase",
+]
