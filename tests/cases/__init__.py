@@ -1,9 +1,9 @@
 """Named cases of every op, shared by the tests."""
 
-from cases.attention import ATTENTION_CASES, AttentionCase
-from cases.decode import DECODE_CASES, DecodeCase
-from cases.genetic import GENETIC_CASES, GENETIC_DECODE_CASES, GeneticCase, GeneticDecodeCase
-from cases.latent import LATENT_CASES, LatentCase
+from .attention import ATTENTION_CASES, AttentionCase
+from .decode import DECODE_CASES, DecodeCase
+from .genetic import GENETIC_CASES, GENETIC_DECODE_CASES, GeneticCase, GeneticDecodeCase
+from .latent import LATENT_CASES, LatentCase
 
 __all__ = [
     "ATTENTION_CASES",

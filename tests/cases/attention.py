@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases.tensors import draw_bias, random_tensor, sequence_offsets
+from .tensors import draw_bias, random_tensor, sequence_offsets
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases.tensors import draw_bias, random_parts, random_tensor
+from .tensors import draw_bias, random_parts, random_tensor
 
 
 @dataclass(frozen=True)

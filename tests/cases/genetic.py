@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases.attention import AttentionCase
-from cases.decode import DecodeCase
-from cases.tensors import random_tensor, sequence_offsets
 from smollm.attention.rope import Rotation, token_positions
+
+from .attention import AttentionCase
+from .decode import DecodeCase
+from .tensors import random_tensor, sequence_offsets
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases.attention import AttentionCase
-from cases.tensors import draw_bias, random_parts, sequence_offsets
+from .attention import AttentionCase
+from .tensors import draw_bias, random_parts, sequence_offsets
 
 
 @dataclass(frozen=True)

@@ -170,17 +170,17 @@ def test_packed_sequences_of_any_lengths_share_one_graph():
 
 def test_auto_is_the_fast_path_where_it_serves():
     x, leaf = torch.ones(1), torch.ones(1, requires_grad=True)
-    for given_, has_backward, expected in (
-        (x, True, "sdpa"),
-        (leaf, True, "sdpa"),
-        (x, False, "sdpa"),
-        (leaf, False, "eager"),
-        (x.to("meta"), True, "eager"),
+    for given_, others, expected in (
+        (x, None, "sdpa"),
+        (leaf, None, "sdpa"),
+        (x, (), "sdpa"),
+        (leaf, (), "eager"),
+        (x, (None, leaf), "eager"),
+        (x.to("meta"), None, "eager"),
     ):
-        chosen = checks.implementation("auto", {"x": given_}, has_backward=has_backward)
-        assert chosen == expected
+        assert checks.implementation("auto", {"x": given_}, others=others) == expected
     with torch.no_grad():
-        assert checks.implementation("auto", {"x": leaf}, has_backward=False) == "sdpa"
+        assert checks.implementation("auto", {"x": leaf}, others=(leaf,)) == "sdpa"
 
 
 def test_tensors_elsewhere_are_refused():
