@@ -1,26 +1,25 @@
-"""What every mechanism shares: padding, positions, the output projection, initialisation."""
+"""What every mechanism shares: padding, positions, what follows the heads, initialisation."""
 
-import hashlib
-import math
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from kernels import check_cu_seqlens
 from smollm.attention.cache import LayerCache
+from smollm.attention.decay import KeyDecay
+from smollm.attention.exclusive import exclude_own_value
+from smollm.attention.gate import HeadGate
+from smollm.attention.layers import dropout_layer, initialise
+from smollm.attention.options import Decay, OutputGate
 from smollm.attention.padding import packing
 from smollm.attention.rope import Rope, Rotation, token_positions
 from smollm.attention.scaling import Llama3Scaling
 
-QKNorm = bool | Literal["rms", "rms-full"]
 Bias = bool | Literal["qkv"]
-Layer = Callable[[Tensor], Tensor]
 
 
 class Attention(nn.Module):
-    """What every mechanism shares: padding, positions, the output projection, initialisation.
+    """What every mechanism shares: padding, positions, what follows the heads, initialisation.
 
     A mechanism implements `heads`. A SmolLM calls `forward` with the tables of the module's
     `rotation`, made once for all layers that share it; alone, a module makes its own.
@@ -40,6 +39,10 @@ class Attention(nn.Module):
         rope_dim: int | None,
         rope_theta: float,
         rope_scaling: Llama3Scaling | None,
+        value_dim: int | None = None,
+        decay: Decay = "none",
+        exclusive: bool,
+        output_gate: OutputGate,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -62,6 +65,13 @@ class Attention(nn.Module):
         self.window_size = window_size
         self.is_causal = is_causal
         self.dropout = dropout_layer(dropout)
+        check_one_of("decay", decay, Decay)
+        self.decay = None if decay == "none" else KeyDecay(decay, embed_dim, num_heads)
+        self.exclusive = exclusive
+        check_one_of("output_gate", output_gate, OutputGate)
+        self.gate: HeadGate | None = None
+        if output_gate != "none":
+            self.gate = HeadGate(output_gate, embed_dim, num_heads, value_dim or head_dim)
 
     def forward(
         self,
@@ -85,7 +95,8 @@ class Attention(nn.Module):
             [B, T, embed_dim]; zeros at padding.
 
         Raises:
-            ValueError, TypeError: wrong shapes, or a mask that is not padding at the ends.
+            ValueError, TypeError: wrong shapes, a mask that is not padding at the ends, or decay in
+                a module that is not causal.
             RuntimeError: such a mask in a compiled graph, as it runs.
         """
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
@@ -96,19 +107,29 @@ class Attention(nn.Module):
             packed = packing(attention_mask, x.shape[0], x.shape[1])
             if packed is not None:
                 return packed.unpack(self(packed.pack(x), cu_seqlens=packed.cu_seqlens))
+        if self.decay is not None and not self.is_causal:
+            raise ValueError("decay: expected 'none' unless is_causal, got one of both directions")
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
         if rope is None:
             if cache is not None:
                 raise ValueError("rope: expected the tables of the tokens' positions, got None")
             positions = token_positions(x.shape[1], cu_seqlens, device=x.device)
             rope = self.rotation.tables(positions)
-        heads = self.heads(x, rope, cu_seqlens, cache)
-        return self.dropout(self.out_proj(heads.flatten(-2)))
+        o, v = self.heads(x, rope, cu_seqlens, cache)
+        if self.exclusive:
+            assert v is not None
+            o = exclude_own_value(o, v)
+        if self.gate is not None:
+            o = self.gate(o, x)
+        return self.dropout(self.out_proj(o.flatten(-2)))
 
     def heads(
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
-        """Each head's output, [B, T, H, D_V]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each head's output [B, T, H, D_V], and the tokens' own values [B, T, HV, D_V].
+
+        The latter may be None of a module that is not exclusive.
+        """
         raise NotImplementedError
 
     def score_and_value_width(self) -> int:
@@ -121,73 +142,6 @@ class Attention(nn.Module):
 
     def reset_constants(self) -> None:
         """Give parameters that are neither projections nor norms their start; there are none."""
-
-
-class Linear(nn.Linear):
-    """A projection that leaves its initialisation, and torch's generator, to `initialise`."""
-
-    def reset_parameters(self) -> None:
-        """Nothing."""
-
-
-def initialise(module: nn.Module, embed_dim: int, seed: int | None = None) -> None:
-    """The one initialisation: embeddings and projections N(0, 1 / embed_dim), biases 0, norms 1.
-
-    Each weight is drawn from a generator of its own, keyed by the seed and the weight's name, so
-    that models that differ in one part start alike in all others. Without a seed, one is drawn from
-    torch's global generator, and nothing else.
-    """
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            _draw(part.weight, embed_dim**-0.5, f"{seed} {name}")
-            if isinstance(part, nn.Linear) and part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm | nn.RMSNorm):
-            part.reset_parameters()
-        elif isinstance(part, Attention):
-            part.reset_constants()
-
-
-def _draw(weight: Tensor, std: float, key: str) -> None:
-    if weight.is_meta:
-        return
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
-    nn.init.normal_(weight, std=std, generator=generator)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, heads * D] -> [B, T, heads, D]."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def unchanged(x: Tensor) -> Tensor:
-    """x itself; decoding a token calls so many layers that an nn.Identity can be felt."""
-    return x
-
-
-def dropout_layer(p: float) -> Layer:
-    """Dropout, where there is any."""
-    return nn.Dropout(p) if p else unchanged
-
-
-def head_norm(qk_norm: QKNorm, width: int, eps: float) -> Layer:
-    """The norm over a width that `qk_norm` names, which is none for False or no width."""
-    if qk_norm not in (False, True, "rms", "rms-full"):
-        raise ValueError(f"qk_norm: expected False, True, 'rms' or 'rms-full', got {qk_norm!r}")
-    check_norm_eps(eps)
-    if not qk_norm or width == 0:
-        return unchanged
-    norm = nn.LayerNorm if qk_norm is True else nn.RMSNorm
-    return norm(width, eps=eps)
-
-
-def check_norm_eps(eps: float) -> None:
-    """Refuse what no norm can add to a variance."""
-    if not 0 < eps < math.inf:
-        raise ValueError(f"norm_eps: expected > 0, got {eps}")
 
 
 def checked_window(use_sliding_window: bool, window_size: int | None) -> int | None:
@@ -206,6 +160,12 @@ def checked_bias(bias: Bias) -> tuple[bool, bool]:
     if bias not in (False, True, "qkv"):
         raise ValueError(f"bias: expected False, True or 'qkv', got {bias!r}")
     return bool(bias), bias is True
+
+
+def check_one_of(name: str, value: object, kinds: object) -> None:
+    """Refuse what is none of a Literal's."""
+    if value not in get_args(kinds):
+        raise ValueError(f"{name}: expected one of {get_args(kinds)}, got {value!r}")
 
 
 def check_divides(name: str, part: int, whole_name: str, whole: int) -> None:

@@ -154,6 +154,12 @@ class LayerCache:
         self._keep(flat)
         return self._rows
 
+    def newest(self, name: str) -> Tensor:
+        """The row of each sequence's newest token before the announced ones, [B, ...]."""
+        rows, lengths = self._rows[name], self._owner.lengths
+        batch = torch.arange(len(lengths), device=lengths.device)
+        return rows[batch, (lengths.long() - 1) % self.capacity]
+
     def commit(self) -> None:
         """Store the rows that `store` had to hold back."""
         self._keep(self._waiting)

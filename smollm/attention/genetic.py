@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels import gene_keys, genetic_attention, genetic_decode
-from smollm.attention.base import Attention, Bias, Linear, check_divides, checked_bias, split_heads
+from smollm.attention.base import Attention, Bias, check_divides, checked_bias
 from smollm.attention.cache import LayerCache
+from smollm.attention.layers import Linear, split_heads
 from smollm.attention.mechanisms import Environment
+from smollm.attention.options import OutputGate
 from smollm.attention.rope import Rope
 from smollm.attention.scaling import Llama3Scaling
 
@@ -35,6 +37,7 @@ class MultiHeadGeneticAttention(Attention):
         dropout: on the output. Default 0.
         rope_theta: rotary base. Default 100,000.
         rope_scaling: of the rotary frequencies. Default none.
+        exclusive, output_gate: as in `GroupedQueryAttention`.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class MultiHeadGeneticAttention(Attention):
         dropout: float = 0.0,
         rope_theta: float = 100_000.0,
         rope_scaling: Llama3Scaling | None = None,
+        exclusive: bool = False,
+        output_gate: OutputGate = "none",
     ) -> None:
         if window_size is None:
             raise ValueError("window_size: expected an integer >= 1 (the population), got None")
@@ -71,6 +76,8 @@ class MultiHeadGeneticAttention(Attention):
             rope_dim=None if rotary else 0,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
+            exclusive=exclusive,
+            output_gate=output_gate,
         )
         self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
         check_divides("num_value_heads", self.num_value_heads, "num_heads", num_heads)
@@ -91,7 +98,7 @@ class MultiHeadGeneticAttention(Attention):
 
     def heads(  # noqa: D102
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         g = split_heads(self.w_g(x), self.num_heads)
         e = None if self.w_e is None else split_heads(self.w_e(x), self.num_heads)
         v = split_heads(self.w_v(x), self.num_value_heads)
@@ -100,7 +107,7 @@ class MultiHeadGeneticAttention(Attention):
         if cache is not None:
             rings = cache.store(g=g, k=gene_keys(g, tables), v=v)
             if cache.decoding:
-                return genetic_decode(
+                o = genetic_decode(
                     g,
                     e,
                     pressure,
@@ -112,7 +119,8 @@ class MultiHeadGeneticAttention(Attention):
                     environment=self.environment,
                     rope=tables,
                 )
-        return genetic_attention(
+                return o, v
+        o = genetic_attention(
             g,
             e,
             v,
@@ -122,3 +130,4 @@ class MultiHeadGeneticAttention(Attention):
             rope=tables,
             cu_seqlens=cu_seqlens,
         )
+        return o, v

@@ -6,18 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels import attention, attention_decode, rotate
-from smollm.attention.base import (
-    Attention,
-    Bias,
-    Linear,
-    QKNorm,
-    check_divides,
-    checked_bias,
-    checked_window,
-    head_norm,
-    split_heads,
-)
+from smollm.attention.base import Attention, Bias, check_divides, checked_bias, checked_window
 from smollm.attention.cache import LayerCache
+from smollm.attention.decay import ROW as DECAY_ROW
+from smollm.attention.layers import Linear, QKNorm, head_norm, split_heads
+from smollm.attention.options import Decay, OutputGate
 from smollm.attention.rope import Rope
 from smollm.attention.scaling import Llama3Scaling
 
@@ -44,6 +37,11 @@ class GroupedQueryAttention(Attention):
         rope_scaling: of the rotary frequencies. Default none.
         sinks: a learned logit per head, 0 at first, that joins the softmax and carries no value.
             Default False.
+        decay: scores fall with the distance, see `smollm.attention.decay.KeyDecay`: "alibi",
+            "learned" or "forget". Default "none".
+        exclusive: take off a head's output its part along the token's own value. Default False.
+        output_gate: sigmoid gates from x on the outputs of heads, one for each ("head") or one for
+            each of its features ("element"). Default "none".
 
     Source: arXiv 2305.13245; sinks, arXiv 2309.17453.
     """
@@ -67,6 +65,9 @@ class GroupedQueryAttention(Attention):
         rope_theta: float = 100_000.0,
         rope_scaling: Llama3Scaling | None = None,
         sinks: bool = False,
+        decay: Decay = "none",
+        exclusive: bool = False,
+        output_gate: OutputGate = "none",
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
         if not rotary and rope_dim:
@@ -81,6 +82,9 @@ class GroupedQueryAttention(Attention):
             rope_dim=rope_dim if rotary else 0,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
+            decay=decay,
+            exclusive=exclusive,
+            output_gate=output_gate,
         )
         if self.rotation.width > self.head_dim:
             raise ValueError(
@@ -108,7 +112,7 @@ class GroupedQueryAttention(Attention):
 
     def heads(  # noqa: D102
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         q, k = self.q_proj(x), self.k_proj(x)
         if self.norms_all_heads:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -119,18 +123,21 @@ class GroupedQueryAttention(Attention):
         q, k = q.to(v.dtype), k.to(v.dtype)
         if self.rotation.width:
             q, k = self._rotated(q, k, rope)
+        key_bias = None if self.decay is None else self.decay(x, cache)
         if cache is not None:
-            rings = cache.store(k=k, v=v)
+            rings = cache.store(k=k, v=v, **({} if key_bias is None else {DECAY_ROW: key_bias}))
             if cache.decoding:
-                return attention_decode(
+                o = attention_decode(
                     q,
                     rings["k"],
                     rings["v"],
                     cache.lengths,
                     window_size=self.window_size,
                     sinks=self.sinks,
+                    key_bias=rings.get(DECAY_ROW),
                 )
-        return attention(
+                return o, v
+        o = attention(
             q,
             k,
             v,
@@ -138,7 +145,9 @@ class GroupedQueryAttention(Attention):
             window_size=self.window_size,
             cu_seqlens=cu_seqlens,
             sinks=self.sinks,
+            key_bias=key_bias,
         )
+        return o, v
 
     def _rotated(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         width, heads = self.rotation.width, (self.num_heads, self.num_kv_heads)

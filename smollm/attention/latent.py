@@ -6,17 +6,11 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from kernels import latent_attention, latent_decode, rotate
-from smollm.attention.base import (
-    Attention,
-    Bias,
-    Linear,
-    QKNorm,
-    checked_bias,
-    checked_window,
-    head_norm,
-    split_heads,
-)
+from smollm.attention.base import Attention, Bias, checked_bias, checked_window
 from smollm.attention.cache import LayerCache
+from smollm.attention.decay import ROW as DECAY_ROW
+from smollm.attention.layers import Linear, QKNorm, head_norm, split_heads
+from smollm.attention.options import Decay, OutputGate
 from smollm.attention.rope import Rope
 from smollm.attention.scaling import Llama3Scaling
 
@@ -47,7 +41,7 @@ class MultiHeadLatentAttention(Attention):
             embed_dim / num_heads.
         value_dim: width of the values. Default head_dim.
         norm_eps: as in `GroupedQueryAttention`; the latents' norms have DeepSeek's 1e-6.
-        rope_theta, rope_scaling: as in `GroupedQueryAttention`.
+        rope_theta, rope_scaling, decay, exclusive, output_gate: as in `GroupedQueryAttention`.
 
     Source: DeepSeek-V2, arXiv 2405.04434.
     """
@@ -71,6 +65,9 @@ class MultiHeadLatentAttention(Attention):
         norm_eps: float = 1e-5,
         rope_theta: float = 100_000.0,
         rope_scaling: Llama3Scaling | None = None,
+        decay: Decay = "none",
+        exclusive: bool = False,
+        output_gate: OutputGate = "none",
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
         if latent_dim < 1:
@@ -101,6 +98,10 @@ class MultiHeadLatentAttention(Attention):
             rope_dim=rope_dim,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
+            value_dim=value_dim,
+            decay=decay,
+            exclusive=exclusive,
+            output_gate=output_gate,
         )
         self.latent_dim = latent_dim
         self.rope_dim = rope_dim
@@ -129,7 +130,7 @@ class MultiHeadLatentAttention(Attention):
 
     def heads(  # noqa: D102
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         q = split_heads(self.q_proj(x), self.num_heads)
         kv = self.kv_down_proj(x)
         q_nope = self.q_nope_norm(q[..., : self.head_dim]).to(q.dtype)
@@ -140,13 +141,16 @@ class MultiHeadLatentAttention(Attention):
             k_rope = self.k_rope_norm(kv[..., self.latent_dim :]).to(q.dtype)
             q_rope = rotate(q_rope, *rope)
             k_rope = rotate(k_rope[:, :, None], *rope)[:, :, 0]
+        key_bias = None if self.decay is None else self.decay(x, cache)
         if cache is not None:
-            rings = cache.store(latent=latent, **({} if k_rope is None else {"rope": k_rope}))
+            optional = {"rope": k_rope, DECAY_ROW: key_bias}
+            rows = {name: row for name, row in optional.items() if row is not None}
+            rings = cache.store(latent=latent, **rows)
             if cache.decoding:
-                return self._decode(q_nope, q_rope, rings, cache.lengths)
-        up = split_heads(self.kv_up_proj(latent), self.num_heads)
-        k_nope, v = up.split_with_sizes((self.head_dim, self.value_dim), dim=-1)
-        return latent_attention(
+                o = self._decode(q_nope, q_rope, rings, cache.lengths)
+                return o, self._expanded(latent)[1] if self.exclusive else None
+        k_nope, v = self._expanded(latent)
+        o = latent_attention(
             q_nope,
             q_rope,
             k_nope,
@@ -156,7 +160,15 @@ class MultiHeadLatentAttention(Attention):
             window_size=self.window_size,
             scale=self.scale,
             cu_seqlens=cu_seqlens,
+            key_bias=key_bias,
         )
+        return o, v
+
+    def _expanded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys without rotation and values, [B, T, H, head_dim] and [B, T, H, value_dim]."""
+        up = split_heads(self.kv_up_proj(latent), self.num_heads)
+        k_nope, v = up.split_with_sizes((self.head_dim, self.value_dim), dim=-1)
+        return k_nope, v
 
     def _decode(
         self, q_nope: Tensor, q_rope: Tensor | None, rings: dict[str, Tensor], lengths: Tensor
@@ -173,6 +185,7 @@ class MultiHeadLatentAttention(Attention):
             lengths,
             window_size=self.window_size,
             scale=self.scale,
+            key_bias=rings.get(DECAY_ROW),
         )
         o: Tensor = einsum(selected, w_v, "b t h c, h d c -> b t h d")
         return o

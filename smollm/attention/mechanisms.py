@@ -46,7 +46,7 @@ class LatentOptions(Options):
     """MLA: width of a head's values; that of its keys without rotation by default."""
 
     def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102
-        shared.refuse_sinks("mla")
+        shared.refuse("mla", sinks="whose attention takes none")
         given = super().arguments(shared)
         return given if shared.rotates else given | {"rope_dim": 0}
 
@@ -65,12 +65,12 @@ class GeneticOptions(Options):
     """MGA: tokens in the window, which it always has."""
 
     def arguments(self, shared: SharedOptions) -> dict[str, Any]:  # noqa: D102
-        if shared.qk_norm != "none":
-            raise ValueError(
-                "qk_norm: expected 'none' with mga, whose genes have no such norm, got "
-                f"{shared.qk_norm!r}; choose the others with --variants"
-            )
-        shared.refuse_sinks("mga")
+        shared.refuse(
+            "mga",
+            qk_norm="whose genes have no such norm",
+            sinks="whose attention takes none",
+            decay="whose attention takes no bias of keys",
+        )
         return {
             "d_model": shared.embed_dim,
             "num_heads": shared.num_heads,
@@ -84,6 +84,8 @@ class GeneticOptions(Options):
             "rope_scaling": shared.scaling,
             "bias": shared.biases,
             "dropout": shared.dropout,
+            "exclusive": shared.exclusive,
+            "output_gate": shared.output_gate,
         }
 
 

@@ -1,9 +1,12 @@
 """Options as flags: a field is one of train.py's, its docstring the help, its `Range` checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from smollm.attention.scaling import Llama3Scaling
+
+Decay = Literal["none", "alibi", "learned", "forget"]
+OutputGate = Literal["none", "head", "element"]
 
 INF = float("inf")
 LARGEST = 10**9  # below the kernels' bound on positions and windows, 2**30
@@ -75,6 +78,14 @@ class SharedOptions:
     as a whole (1) or not at all (0)."""
     sinks: bool = False
     """A learned logit per head that joins the softmax, in MHA and GQA."""
+    decay: Decay = "none"
+    """Scores of MHA, GQA and MLA fall with distance: by ALiBi's slopes, by a rate that each head
+    learns from there, or by gates of the tokens between ("forget")."""
+    exclusive: bool = False
+    """Take off a head's output its part along the token's own value (XSA)."""
+    output_gate: OutputGate = "none"
+    """Sigmoid gates, projected from the token, on the outputs of heads as a whole or on each of
+    their features."""
     bias: bool = False
     """Biases in attention and MLP."""
     attention_bias: Literal["auto", "none", "qkv", "all"] = "auto"
@@ -108,13 +119,19 @@ class SharedOptions:
         named: dict[str, bool | Literal["qkv"]] = {"none": False, "qkv": "qkv", "all": True}
         return named.get(self.attention_bias, self.bias)
 
-    def refuse_sinks(self, mechanism: str) -> None:
-        """For a mechanism without them."""
-        if self.sinks:
-            raise ValueError(
-                f"sinks: expected False with {mechanism}, whose attention takes none, got True; "
-                "choose the others with --variants"
-            )
+    def refuse(self, mechanism: str, **lacking: str) -> None:
+        """For a mechanism without some of these options, by name, each with the reason.
+
+        Raises:
+            ValueError: one of them is asked for.
+        """
+        for field in fields(SharedOptions):
+            value = getattr(self, field.name)
+            if field.name in lacking and value != field.default:
+                raise ValueError(
+                    f"{field.name}: expected {field.default!r} with {mechanism}, "
+                    f"{lacking[field.name]}, got {value!r}; choose the others with --variants"
+                )
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,9 @@ class Options:
             "rope_scaling": shared.scaling,
             "bias": shared.biases,
             "dropout": shared.dropout,
+            "decay": shared.decay,
+            "exclusive": shared.exclusive,
+            "output_gate": shared.output_gate,
             "is_causal": True,
             **vars(self),
         }

@@ -42,6 +42,9 @@ class Facts:
     mlp_bias: bool
     tie_embeddings: bool
     sinks: bool = False
+    decay: str = "none"
+    exclusive: bool = False
+    output_gate: str = "none"
     latent_dim: int | None = None
     q_latent_dim: int | None = None
     value_dim: int | None = None
@@ -187,4 +190,7 @@ def _of_attention(attention: Attention) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "qk_norm": qk_norm,
         "bias": "qkv" if biased == (True, False) else biased[0],
+        "decay": "none" if attention.decay is None else attention.decay.kind,
+        "exclusive": attention.exclusive,
+        "output_gate": "none" if attention.gate is None else attention.gate.kind,
     }

@@ -5,8 +5,9 @@ from typing import get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smollm.attention.base import Attention, Layer, Linear, dropout_layer, unchanged
+from smollm.attention.base import Attention
 from smollm.attention.cache import LayerCache
+from smollm.attention.layers import Layer, Linear, dropout_layer, unchanged
 from smollm.attention.rope import Rope
 from smollm.model.config import NormStrategy
 

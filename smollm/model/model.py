@@ -7,14 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smollm.attention.base import (
-    Attention,
-    Linear,
-    check_norm_eps,
-    dropout_layer,
-    initialise,
-)
+from smollm.attention.base import Attention
 from smollm.attention.cache import Cache
+from smollm.attention.layers import Linear, check_norm_eps, dropout_layer, initialise
 from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
 from smollm.model.block import Block, SwiGLU
@@ -143,7 +138,7 @@ class SmolLM(Generator):
     def reset_parameters(self, seed: int | None = None) -> None:
         """Embeddings and every projection from N(0, 1 / embed_dim), biases 0, norms 1.
 
-        Each is drawn by the seed and its name, see `smollm.attention.base.initialise`.
+        Each is drawn by the seed and its name, see `smollm.attention.layers.initialise`.
         """
         initialise(self, self.embed_dim, seed)
 
