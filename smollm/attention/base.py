@@ -108,7 +108,10 @@ class Attention(nn.Module):
             if packed is not None:
                 return packed.unpack(self(packed.pack(x), cu_seqlens=packed.cu_seqlens))
         if self.decay is not None and not self.is_causal:
-            raise ValueError("decay: expected 'none' unless is_causal, got one of both directions")
+            raise ValueError(
+                "decay: expected 'none' in a module that sees both ways, got "
+                f"{self.decay.kind!r} without is_causal"
+            )
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], x.device)
         if rope is None:
             if cache is not None:

@@ -70,6 +70,10 @@ class GroupedQueryAttention(Attention):
         output_gate: OutputGate = "none",
     ) -> None:
         window_size = checked_window(use_sliding_window, window_size)
+        if sinks and decay != "none":
+            raise ValueError(
+                f"decay: expected 'none' with sinks, which have no distance, got {decay!r}"
+            )
         if not rotary and rope_dim:
             raise ValueError(f"rope_dim: expected None or 0 with rotary=False, got {rope_dim}")
         super().__init__(

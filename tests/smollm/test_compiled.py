@@ -18,7 +18,9 @@ from smollm import (
 )
 
 MECHANISMS = {
-    "mha": lambda **window: MultiHeadAttention(WIDTH, 6, is_causal=True, **window),
+    "mha": lambda **window: MultiHeadAttention(
+        WIDTH, 6, is_causal=True, decay="forget", exclusive=True, output_gate="head", **window
+    ),
     "gqa": lambda **window: GroupedQueryAttention(WIDTH, 6, 2, is_causal=True, **window),
     "mla": lambda **window: MultiHeadLatentAttention(WIDTH, 6, 10, 4, is_causal=True, **window),
     "mga": lambda **_: MultiHeadGeneticAttention(WIDTH, 6, 3),

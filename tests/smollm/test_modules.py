@@ -35,6 +35,14 @@ MODULES = {
         sinks=True,
     ),
     "gqa-no-rotary": lambda: GroupedQueryAttention(WIDTH, 6, 1, rotary=False, is_causal=True),
+    "mha-alibi": lambda: MultiHeadAttention(WIDTH, 6, decay="alibi", **WINDOW),
+    "mha-exclusive": lambda: MultiHeadAttention(WIDTH, 6, exclusive=True, is_causal=True),
+    "gqa-forget": lambda: GroupedQueryAttention(
+        WIDTH, 6, 2, decay="forget", output_gate="head", is_causal=True
+    ),
+    "gqa-exclusive-window": lambda: GroupedQueryAttention(
+        WIDTH, 6, 2, exclusive=True, output_gate="element", decay="learned", **WINDOW
+    ),
     "mla": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, is_causal=True),
     "mla-window": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, **WINDOW),
     "mla-qk-norm": lambda: MultiHeadLatentAttention(WIDTH, 6, 10, 4, qk_norm=True, is_causal=True),
@@ -43,8 +51,17 @@ MODULES = {
     "mla-widths": lambda: MultiHeadLatentAttention(
         WIDTH, 5, 10, 4, is_causal=True, head_dim=6, value_dim=3
     ),
+    "mla-forget": lambda: MultiHeadLatentAttention(
+        WIDTH, 6, 10, 4, decay="forget", output_gate="element", is_causal=True
+    ),
+    "mla-exclusive": lambda: MultiHeadLatentAttention(
+        WIDTH, 6, 10, 0, exclusive=True, decay="alibi", value_dim=3, **WINDOW
+    ),
     "mga": lambda: MultiHeadGeneticAttention(WIDTH, 6, 3),
     "mga-kin": lambda: MultiHeadGeneticAttention(WIDTH, 6, 3, 2, environment="kin"),
+    "mga-exclusive": lambda: MultiHeadGeneticAttention(
+        WIDTH, 6, 3, 2, exclusive=True, output_gate="head"
+    ),
     "mga-none": lambda: MultiHeadGeneticAttention(WIDTH, 6, 5, 1, environment="none", rotary=False),
 }
 every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
@@ -63,7 +80,11 @@ def test_a_token_sees_its_window_exactly(make):
     module = make()
     distance = torch.arange(9)[:, None] - torch.arange(9)
     window = module.window_size or 9
-    assert torch.equal(reach(module), (distance >= 0) & (distance < window))
+    expected = (distance >= 0) & (distance < window)
+    reached = reach(module)
+    if module.exclusive:  # the first token's own value is all that it sees, and is taken off
+        reached[0, 0] = expected[0, 0]
+    assert torch.equal(reached, expected)
 
 
 @pytest.mark.parametrize("make", [
