@@ -20,8 +20,12 @@ MODULES = {
     "mha": lambda: MultiHeadAttention(WIDTH, 3),
     "gqa": lambda: GroupedQueryAttention(WIDTH, 3, 1, qk_norm="rms"),
     "gqa-window": lambda: GroupedQueryAttention(WIDTH, 3, 1, **WINDOW),
+    "gqa-forget": lambda: GroupedQueryAttention(
+        WIDTH, 3, 1, decay="forget", exclusive=True, output_gate="element", **WINDOW
+    ),
     "mla": lambda: MultiHeadLatentAttention(WIDTH, 3, 96, 32),
     "mla-window": lambda: MultiHeadLatentAttention(WIDTH, 3, 96, 32, **WINDOW),
+    "mla-alibi": lambda: MultiHeadLatentAttention(WIDTH, 3, 96, 32, decay="alibi", exclusive=True),
     "mga": lambda: MultiHeadGeneticAttention(WIDTH, 3, 24),
     "mga-kin": lambda: MultiHeadGeneticAttention(WIDTH, 3, 24, 1, environment="kin"),
 }
