@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import gene_keys, genetic_attention, genetic_decode
+from kernels import (
+    attention,
+    attention_decode,
+    gene_keys,
+    genetic_attention,
+    genetic_decode,
+    rotate,
+)
 from smollm.attention.base import Attention, Bias, check_divides, checked_bias
 from smollm.attention.cache import LayerCache
 from smollm.attention.layers import Linear, split_heads
@@ -32,7 +39,10 @@ class MultiHeadGeneticAttention(Attention):
             "kin" (its genes) or "none".
         head_dim: width of a head. Default d_model / num_heads.
         rotary: rotate genes and fitness. Default True.
-        selection_pressure: initial kappa of every head, learned. Default 4.
+        selection_pressure: initial kappa of every head. Default 4.
+        learn_pressure: kappa is learned. Default True; False keeps its start, in the state too.
+        gene_fitness: genes are the fitter the rarer they are in the window. Default True; False, a
+            control, leaves the window's means out: gamma_i = softmax_D(log eps_i).
         bias: biases on the projections, "qkv" for all but the output's. Default False.
         dropout: on the output. Default 0.
         rope_theta: rotary base. Default 100,000.
@@ -51,6 +61,8 @@ class MultiHeadGeneticAttention(Attention):
         environment: Environment = "query",
         rotary: bool = True,
         selection_pressure: float = 4.0,
+        learn_pressure: bool = True,
+        gene_fitness: bool = True,
         bias: Bias = False,
         dropout: float = 0.0,
         rope_theta: float = 100_000.0,
@@ -82,6 +94,7 @@ class MultiHeadGeneticAttention(Attention):
         self.num_value_heads = num_heads if num_value_heads is None else num_value_heads
         check_divides("num_value_heads", self.num_value_heads, "num_heads", num_heads)
         self.environment = environment
+        self.gene_fitness = gene_fitness
         self._initial_pressure = selection_pressure
         bias, out_bias = checked_bias(bias)
         width = num_heads * self.head_dim
@@ -89,7 +102,9 @@ class MultiHeadGeneticAttention(Attention):
         self.w_e = Linear(d_model, width, bias=bias) if environment == "query" else None
         self.w_v = Linear(d_model, self.num_value_heads * self.head_dim, bias=bias)
         self.out_proj = Linear(width, d_model, bias=out_bias)
-        self.log_selection_pressure = nn.Parameter(torch.empty(num_heads))
+        self.log_selection_pressure = nn.Parameter(
+            torch.empty(num_heads), requires_grad=learn_pressure
+        )
         self.reset_parameters()
 
     def reset_constants(self) -> None:
@@ -103,6 +118,8 @@ class MultiHeadGeneticAttention(Attention):
         e = None if self.w_e is None else split_heads(self.w_e(x), self.num_heads)
         v = split_heads(self.w_v(x), self.num_value_heads)
         pressure, tables = self.log_selection_pressure.exp(), rope if self.rotation.width else None
+        if not self.gene_fitness:
+            return self._without_fitness(g, e, v, pressure, tables, cu_seqlens, cache), v
         assert self.window_size is not None
         if cache is not None:
             rings = cache.store(g=g, k=gene_keys(g, tables), v=v)
@@ -131,3 +148,28 @@ class MultiHeadGeneticAttention(Attention):
             cu_seqlens=cu_seqlens,
         )
         return o, v
+
+    def _without_fitness(
+        self,
+        g: Tensor,
+        e: Tensor | None,
+        v: Tensor,
+        pressure: Tensor,
+        tables: Rope | None,
+        cu_seqlens: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """Attention with the same keys, whose queries know no other token's genes."""
+        kin = g if self.environment == "kin" else torch.zeros_like(g)
+        precise = torch.promote_types(g.dtype, torch.float32)
+        gamma = nn.functional.logsigmoid((kin if e is None else e).to(precise)).softmax(dim=-1)
+        q = gamma * pressure[:, None] * self.head_dim**0.5
+        q = (q if tables is None else rotate(q, *tables)).to(g.dtype)
+        k, window_size = gene_keys(g, tables), self.window_size
+        if cache is not None:
+            rings = cache.store(k=k, v=v)
+            if cache.decoding:
+                return attention_decode(
+                    q, rings["k"], rings["v"], cache.lengths, window_size=window_size, scale=1.0
+                )
+        return attention(q, k, v, window_size=window_size, scale=1.0, cu_seqlens=cu_seqlens)

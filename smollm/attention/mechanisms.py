@@ -61,6 +61,11 @@ class GeneticOptions(Options):
     """MGA: what re-weighs the fitness of genes."""
     selection_pressure: Annotated[float, Range(1e-6, 1e6)] = 4.0
     """MGA: initial selection pressure of every head."""
+    learn_pressure: bool = True
+    """MGA: the selection pressure is learned; else it keeps its initial value."""
+    gene_fitness: bool = True
+    """MGA: genes are the fitter the rarer they are in the window; else the environment alone tells
+    how fit they are."""
     genetic_window_size: Annotated[int, Range(1, LARGEST)] = 128
     """MGA: tokens in the window, which it always has."""
 
@@ -78,6 +83,8 @@ class GeneticOptions(Options):
             "num_value_heads": self.num_value_heads,
             "environment": self.environment,
             "selection_pressure": self.selection_pressure,
+            "learn_pressure": self.learn_pressure,
+            "gene_fitness": self.gene_fitness,
             "head_dim": shared.head_dim,
             "rotary": shared.rotates,
             "rope_theta": shared.rope_theta,

@@ -45,7 +45,7 @@ class Optimizers:
 
     def __init__(self, model: SmolLM, config: TrainConfig) -> None:
         embedding = model.embed_tokens.weight
-        parameters = list(model.parameters())
+        parameters = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.ndim >= 2 and p is not embedding]
         others = [p for p in parameters if p.ndim < 2 or p is embedding]
         self.parts: list[torch.optim.Optimizer] = []

@@ -24,6 +24,7 @@ MECHANISMS = {
     "gqa": lambda **window: GroupedQueryAttention(WIDTH, 6, 2, is_causal=True, **window),
     "mla": lambda **window: MultiHeadLatentAttention(WIDTH, 6, 10, 4, is_causal=True, **window),
     "mga": lambda **_: MultiHeadGeneticAttention(WIDTH, 6, 3),
+    "mga-no-fitness": lambda **_: MultiHeadGeneticAttention(WIDTH, 6, 3, gene_fitness=False),
 }
 each_mechanism = pytest.mark.parametrize("make", MECHANISMS.values(), ids=MECHANISMS)
 

@@ -326,6 +326,11 @@ CACHES = {
     "mla-128": (lambda: MultiHeadLatentAttention(576, 9, 128, 32), 9_600, 2048),
     "mga": (lambda: MultiHeadGeneticAttention(576, 9, 256), 103_680, 256),
     "mga-values-3": (lambda: MultiHeadGeneticAttention(576, 9, 256, 3), 80_640, 256),
+    "mga-no-fitness": (
+        lambda: MultiHeadGeneticAttention(576, 9, 256, gene_fitness=False),
+        69_120,
+        256,
+    ),
 }
 
 

@@ -63,6 +63,7 @@ MODULES = {
         WIDTH, 6, 3, 2, exclusive=True, output_gate="head"
     ),
     "mga-none": lambda: MultiHeadGeneticAttention(WIDTH, 6, 5, 1, environment="none", rotary=False),
+    "mga-no-fitness": lambda: MultiHeadGeneticAttention(WIDTH, 6, 3, 2, gene_fitness=False),
 }
 every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 
