@@ -17,6 +17,9 @@ class ModelConfig(SharedOptions):
 
     num_layers: Annotated[int, Range(1, WIDEST)] = 4
     """Transformer blocks."""
+    layers: tuple[str, ...] = ()
+    """Mechanisms of the layers in turn, again and again, for example mha mha mga; by default those
+    that the variant is named after."""
     window_pattern: Annotated[tuple[int | Literal["full"], ...], Range(1, LARGEST)] = ()
     """Windows of the layers in turn, again and again, instead of one window_size for all; "full" is
     none."""
@@ -47,19 +50,21 @@ class ModelConfig(SharedOptions):
             mechanisms[name] = replace(options, **own)
         return cls(**flags, mechanisms=mechanisms)
 
-    def layers(self, mechanism: str) -> list[tuple[Mechanism, dict[str, Any]]]:
+    def layer_arguments(self, mechanism: str) -> list[tuple[Mechanism, dict[str, Any]]]:
         """The mechanism and the module's arguments of each layer, up to where they repeat.
 
         Args:
-            mechanism: a name, or several joined by "+", which the layers have in turn.
+            mechanism: a name, or several joined by "+", which the layers have in turn; any name
+                beside `layers`, which come first.
 
         Raises:
             ValueError: no such mechanism, or fields that do not fit together.
         """
-        names = mechanism.split("+")
+        names = self.layers or mechanism.split("+")
         for name in names:
             if name not in MECHANISMS:
-                raise ValueError(f"mechanism: expected one of {list(MECHANISMS)}, got {name!r}")
+                field = "layers" if self.layers else "mechanism"
+                raise ValueError(f"{field}: expected one of {list(MECHANISMS)}, got {name!r}")
         if self.window_pattern and self.window_size is not None:
             raise ValueError(
                 f"window_size: expected None beside window_pattern, got {self.window_size}"

@@ -30,7 +30,7 @@ OF_ALL_RUNS = {
     "data_dir",
     "device",
 }  # --seeds varies the first, nothing the others
-OF_ATTENTION = {"window_pattern", "nope_every"} | {
+OF_ATTENTION = {"layers", "window_pattern", "nope_every"} | {
     field.name for field in fields(SharedOptions)
 } - {"embed_dim", "norm_eps", "bias", "dropout"}  # what reaches the arguments of a module alone
 FIELDS = (TRAIN_FIELDS | set(ModelConfig().flags)) - OF_ALL_RUNS
@@ -273,7 +273,7 @@ def _varied(
     def described(name: str, value: str) -> tuple[Any, ...]:
         changed = _changed(config, overrides | {name: value})
         model = changed.model
-        arguments = model.layers(mechanism)
+        arguments = model.layer_arguments(mechanism)
         shape = {field.name: getattr(model, field.name) for field in fields(model)}
         del shape["mechanisms"]
         for field_name in OF_ATTENTION:

@@ -81,5 +81,5 @@ def _check_with_torch(config: Config, vocab_size: int) -> None:
     find_device(config.train.device)
     with torch.device("meta"):
         for mechanism in config.mechanisms:
-            layers = len(config.model.layers(mechanism))
+            layers = len(config.model.layer_arguments(mechanism))
             build_model(mechanism, replace(config.model, num_layers=layers), vocab_size)

@@ -238,7 +238,7 @@ def test_no_two_mechanisms_share_a_flag():
 def test_a_config_goes_through_its_flags_and_back():
     config = ModelConfig.of(embed_dim=36, num_kv_heads=9, environment="kin", window_size=5)
     assert config.flags["num_kv_heads"] == 9 and ModelConfig.of(**config.flags) == config
-    ((row, arguments),) = config.layers("gqa")
+    ((row, arguments),) = config.layer_arguments("gqa")
     assert row is MECHANISMS["gqa"] and row.module(**arguments).num_kv_heads == 9
     with pytest.raises(TypeError, match="num_genes"):
         ModelConfig.of(num_genes=3)

@@ -89,6 +89,23 @@ def test_mechanisms_alternate_and_are_saved(tmp_path):
     assert torch.equal(load_model(tmp_path / "x.pt")(ids)["logits"], model(ids)["logits"])
 
 
+def test_layers_are_a_field_of_the_shape(tmp_path):
+    """They come before the name, and a saved model is rebuilt with them."""
+    config = dataclasses.replace(SHAPE, layers=("mha", "mha", "mga"))
+    torch.manual_seed(3)
+    model = build_model("mixed", config, VOCAB).eval()
+    names = [type(attention).__name__[9:12] for attention in model.attentions]
+    assert names == ["Att", "Att", "Gen", "Att"]
+    torch.manual_seed(3)
+    same = build_model("mha+mha+mga", SHAPE, VOCAB)
+    save_model(tmp_path / "x.pt", model, "mixed", config)
+    ids = torch.arange(9)[None]
+    for other in (same.eval(), load_model(tmp_path / "x.pt")):
+        assert torch.equal(other(ids)["logits"], model(ids)["logits"])
+    with pytest.raises(ValueError, match=r"layers: expected one of \['mha', .*\], got 'mixed'"):
+        build_model("mha", dataclasses.replace(SHAPE, layers=("mixed",)), VOCAB)
+
+
 FLAGS = [
     "--preset=cpu", "--variants", "mha", "--head-dim=8", "--norm-eps=1e-6", "--qk-norm=rms-full",
     "--rope-scaling", "8", "1", "4", "8192", "--rotary-fraction=0.5", "--sinks",
