@@ -10,7 +10,7 @@ from pathlib import Path
 from smollm.attention import MECHANISMS
 from smollm.data.tokenizer import TOKENIZER_FILE
 from smollm.files import locked
-from smollm.studies.plan import PLAN
+from smollm.studies.plan_file import PLAN
 from smollm.training.record import Run, checkpoint_folder, log_file, model_file
 from smollm.training.state import checkpoint_files
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smollm.studies import OK, report
 from smollm.studies.folder import RESULTS, claimed, read_runs
-from smollm.studies.plan import PLAN
+from smollm.studies.plan_file import PLAN
 from smollm.studies.study import Output, say, show
 from smollm.training.record import Run
 

@@ -1,39 +1,24 @@
-"""What a study runs: its flags, the file that holds them, and the runs that follow from them."""
+"""What a study runs: its flags, and the runs that follow from them."""
 
 import argparse
 import itertools
-import json
-import re
-import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from inspect import getdoc
 from pathlib import Path
 from typing import Any, get_args
 
-import tyro
-
 from smollm.attention import MECHANISMS, SharedOptions
-from smollm.files import write_atomically
 from smollm.model.config import ModelConfig
+from smollm.studies.fields import assignment, changed, check_values, with_flags
+from smollm.studies.plan_file import PLAN, read_plan
 from smollm.training.checks import check_config, check_ranges
-from smollm.training.config import PRESETS, Config, Preset, TrainConfig
+from smollm.training.config import PRESETS, Config, Preset
 
-PLAN = Path("study.toml")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-VALUE = re.compile(r"[A-Za-z0-9.+_-]+")
-TRAIN_FIELDS = {field.name for field in fields(TrainConfig)}
-OF_ALL_RUNS = {
-    "seed",
-    "corpus",
-    "data_dir",
-    "device",
-}  # --seeds varies the first, nothing the others
 OF_ATTENTION = {"layers", "window_pattern", "nope_every"} | {
     field.name for field in fields(SharedOptions)
 } - {"embed_dim", "norm_eps", "bias", "dropout"}  # what reaches the arguments of a module alone
-FIELDS = (TRAIN_FIELDS | set(ModelConfig().flags)) - OF_ALL_RUNS
 
 
 @dataclass(frozen=True)
@@ -74,14 +59,14 @@ def parse(argv: Sequence[str]) -> Config:
     chooser.add_argument("--preset", choices=get_args(Preset))
     preset = chooser.parse_known_args(argv)[0].preset
     if preset is not None:
-        return _with_flags(PRESETS[preset], argv)
+        return with_flags(PRESETS[preset], argv)
     suggested = PRESETS["ablation" if NVIDIA_DRIVER.exists() else "cpu"]
-    config = _with_flags(suggested, argv)
+    config = with_flags(suggested, argv)
     check_ranges(config)
     import torch
 
     chosen = PRESETS["ablation" if torch.cuda.is_available() else "cpu"]
-    return config if chosen is suggested else _with_flags(chosen, argv)
+    return config if chosen is suggested else with_flags(chosen, argv)
 
 
 def check(config: Config) -> None:
@@ -109,19 +94,19 @@ def cells(config: Config) -> list[Cell]:
     Raises:
         ValueError: a grid or an override that cannot be read; the text names the field.
     """
-    grid = [_assignment("grid", text) for text in config.grid]
-    values = {name: _values("grid", name, text.split(",")) for name, text in grid}
+    grid = [assignment("grid", text) for text in config.grid]
+    values = {name: check_values("grid", name, text.split(",")) for name, text in grid}
     if len(values) < len(grid):
         raise ValueError(f"grid: expected each field once, got {' '.join(config.grid)}")
     if config.match != "none" and "ffn_hidden_dim" in values:
         raise ValueError("match: expected no grid over ffn_hidden_dim, which it chooses, got one")
     overrides = {mechanism: dict[str, str]() for mechanism in MECHANISMS}
     for text in config.override:
-        name, value = _assignment("override", text)
+        name, value = assignment("override", text)
         mechanism, _, field = name.partition(".")
         if mechanism not in overrides:
             raise ValueError(f"override: expected VARIANT.FIELD=VALUE, got {text!r}")
-        overrides[mechanism][field] = _values("override", field, [value])[0]
+        overrides[mechanism][field] = check_values("override", field, [value])[0]
     found: dict[str, Cell] = {}
     seeds: tuple[int | None, ...] = config.seeds or (None,)
     varied = {
@@ -132,64 +117,13 @@ def cells(config: Config) -> list[Cell]:
         for mechanism in config.mechanisms:
             own = {name: value for name, value in point.items() if name in varied[mechanism]}
             flags = overrides[mechanism] | point | ({} if seed is None else {"seed": str(seed)})
-            cell = Cell(mechanism, _changed(config, flags), own, seed)
+            cell = Cell(mechanism, changed(config, flags), own, seed)
             if config.match != "none":
                 first = config.mechanisms[0]
-                target = _changed(config, overrides[first] | point)
+                target = changed(config, overrides[first] | point)
                 cell = replace(cell, config=_matched(cell, first, target))
             found.setdefault(cell.name, cell)
     return list(found.values())
-
-
-def write_plan(folder: Path, config: Config) -> None:
-    """Write study.toml into a folder."""
-    text = plan_text(config)
-    write_atomically(folder / PLAN, lambda file: file.write(text.encode()))
-
-
-def plan_text(config: Config) -> str:
-    """A file that `python train.py study` runs again; every field that makes results is in it."""
-    plain: dict[str, Any] = {"preset": config.preset, "variants": config.mechanisms}
-    plain |= {"seeds": config.seeds, "match": config.match}
-    lines = ["# python train.py study study.toml --output-dir FOLDER", ""]
-    lines += _toml(plain | asdict(config.train) | config.model.flags)
-    if config.grid:
-        lines += ["", "[grid]"]
-        lines += _toml({n: v.split(",") for n, v in (_assignment("grid", g) for g in config.grid)})
-    for mechanism in MECHANISMS:
-        own = [o.partition(".")[2] for o in config.override if o.startswith(f"{mechanism}.")]
-        if own:
-            lines += ["", f"[{mechanism}]", *_toml(dict(_assignment("override", o) for o in own))]
-    return "\n".join(lines) + "\n"
-
-
-def read_plan(path: Path) -> list[str]:
-    """A study's file as flags.
-
-    Each key is a flag's name; a table `[grid]` has lists of values, a table of a mechanism's name
-    what is its own.
-
-    Raises:
-        ValueError: there is none, or it is not TOML.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a study's file, got {error}") from error
-    tables = {name: content.pop(name) for name in ("grid", *MECHANISMS) if name in content}
-    flags = [flag for name, value in content.items() for flag in _flags(name, value)]
-    grid = tables.pop("grid", {})
-    for name, table in (("grid", grid), *tables.items()):
-        if not isinstance(table, dict):
-            raise ValueError(f"{path}: {name}: expected a table, got {table!r}")
-    points = [
-        f"{name}={','.join(map(_word, values if isinstance(values, list) else [values]))}"
-        for name, values in grid.items()
-    ]
-    own = [
-        f"{m}.{name}={_word(value)}" for m, table in tables.items() for name, value in table.items()
-    ]
-    return [*flags, *_flags("grid", points), *_flags("override", own)]
 
 
 def _matched(cell: Cell, first: str, target: Config) -> Config:
@@ -235,50 +169,20 @@ def _costs(mechanism: str, flags: tuple[tuple[str, Any], ...], seq_len: int) -> 
     return {"params": model.count_parameters(), "flops": model.flops_per_token(seq_len)}
 
 
-def _with_flags(config: Config, flags: list[str]) -> Config:
-    return tyro.cli(
-        Config,
-        prog="train.py",
-        description=f"{getdoc(Config)}\n\nDefaults shown are those of --preset {config.preset}.",
-        args=flags,
-        default=config,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-
-
-@cache
-def _value(name: str, text: str) -> Any:
-    """What a flag makes of a field's text."""
-    given = _with_flags(Config(), _flags(name, text))
-    return getattr(given.train, name) if name in TRAIN_FIELDS else given.model.flags[name]
-
-
-def _changed(config: Config, values: dict[str, str]) -> Config:
-    """A config with some fields given as text."""
-    given = {name: _value(name, text) for name, text in values.items()}
-    train = {name: value for name, value in given.items() if name in TRAIN_FIELDS}
-    model = {name: value for name, value in given.items() if name not in TRAIN_FIELDS}
-    return replace(
-        config,
-        train=replace(config.train, **train),
-        model=ModelConfig.of(**(config.model.flags | model)),
-    )
-
-
 def _varied(
     mechanism: str, config: Config, values: dict[str, list[str]], overrides: dict[str, str]
 ) -> set[str]:
     """The grid's fields that make a difference to a mechanism's runs."""
 
     def described(name: str, value: str) -> tuple[Any, ...]:
-        changed = _changed(config, overrides | {name: value})
-        model = changed.model
+        given = changed(config, overrides | {name: value})
+        model = given.model
         arguments = model.layer_arguments(mechanism)
         shape = {field.name: getattr(model, field.name) for field in fields(model)}
         del shape["mechanisms"]
         for field_name in OF_ATTENTION:
             del shape[field_name]
-        return arguments, shape, changed.train
+        return arguments, shape, given.train
 
     found = set()
     for name, given in values.items():
@@ -291,55 +195,3 @@ def _varied(
 def _points(values: dict[str, list[str]]) -> Iterator[dict[str, str]]:
     for point in itertools.product(*values.values()):
         yield dict(zip(values, point, strict=True))
-
-
-def _assignment(flag: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"{flag}: expected FIELD=VALUE, got {text!r}")
-    return name.strip().replace("-", "_"), value.strip()
-
-
-def _values(flag: str, name: str, values: list[str]) -> list[str]:
-    if name not in FIELDS:
-        raise ValueError(
-            f"{flag}: expected a field of training or of the model, but {sorted(OF_ALL_RUNS)}, got "
-            f"{name!r}"
-        )
-    for value in values:
-        if not VALUE.fullmatch(value):
-            raise ValueError(f"{flag}: expected {name}=VALUE, got {name}={value}")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{flag}: expected distinct values of {name}, got {','.join(values)}")
-    return values
-
-
-def _flags(name: str, value: Any) -> list[str]:
-    """A field as the command line has it."""
-    flag = f"--{name.replace('_', '-')}"
-    if _word(value) in ("true", "false"):
-        return [flag if _word(value) == "true" else f"--no-{flag[2:]}"]
-    if isinstance(value, list | tuple):
-        return [flag, *map(_word, value)]
-    return [f"{flag}={_word(value)}"]
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _toml(values: dict[str, Any]) -> list[str]:
-    """Plain values as lines; what is None has no line."""
-    lines = []
-    for name, value in values.items():
-        if isinstance(value, list | tuple):
-            lines.append(f"{name} = [{', '.join(map(_toml_value, value))}]")
-        elif value is not None:
-            lines.append(f"{name} = {_toml_value(value)}")
-    return lines
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, int | float) else json.dumps(str(value))

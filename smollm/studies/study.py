@@ -21,7 +21,8 @@ from smollm.files import write_json
 from smollm.studies import INTERRUPTED, OK, UNFINISHED, report
 from smollm.studies.compare import at_their_best, group
 from smollm.studies.folder import RESULTS, TOKENIZER, claimed, clear, read_runs
-from smollm.studies.plan import Cell, cells, plan_text, write_plan
+from smollm.studies.plan import Cell, cells
+from smollm.studies.plan_file import plan_text, write_plan
 from smollm.training.config import Config
 from smollm.training.display import make_progress
 from smollm.training.interrupts import Interrupts

@@ -10,7 +10,8 @@ from study_cases import tiny
 from smollm.attention import MECHANISMS
 from smollm.model.build import build_model
 from smollm.studies import commands, plan
-from smollm.studies.plan import PLAN, cells, parse, write_plan
+from smollm.studies.plan import cells, parse
+from smollm.studies.plan_file import PLAN, write_plan
 from smollm.training.config import PRESETS
 
 

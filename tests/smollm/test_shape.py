@@ -12,7 +12,8 @@ from smollm.model.build import build_model
 from smollm.model.checkpoint import load_model, save_model
 from smollm.model.config import ModelConfig
 from smollm.studies import commands
-from smollm.studies.plan import PLAN, cells, parse, write_plan
+from smollm.studies.plan import cells, parse
+from smollm.studies.plan_file import PLAN, write_plan
 
 SHAPE = ModelConfig.of(
     embed_dim=24, num_heads=6, num_layers=4, ffn_hidden_dim=20, latent_dim=10, rope_dim=4,
