@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smollm.attention import MECHANISMS
+from smollm.studies.fields import NOTHING
 from smollm.training.record import Run
 
 LEVEL = 0.95  # of intervals
@@ -146,7 +147,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
         same = [other.config for other in runs if other.mechanism == run.mechanism and other.config]
         config = run.config or {}
         names = [n for n in config if n != "seed" and any(o.get(n) != config[n] for o in same)]
-        point = {name: config[name] for name in names} if config else run.point
+        point = {name: _key(config[name]) for name in names} if config else run.point
         key = run.mechanism, tuple(point.items())
         found.setdefault(key, Group(run.mechanism, point, [])).runs.append(run)
     return list(found.values())
@@ -265,5 +266,12 @@ def _loss(each: Group) -> float:
     return sum(values) / len(values) if values else math.inf
 
 
+def _key(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _shown(value: Any) -> str:
+    """As a grid has it."""
+    if isinstance(value, tuple):
+        return "+".join(map(_shown, value)) or NOTHING
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,10 +1,13 @@
-"""Fields of a run as text: what flags, grids, overrides and a study's file say of them."""
+"""Fields of a run as text: what flags, grids, overrides and a study's file say of them.
+
+As one text the items of a field that has several, such as window_pattern, are joined by "+".
+"""
 
 import re
 from dataclasses import fields, replace
 from functools import cache
 from inspect import getdoc
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -19,6 +22,7 @@ OF_ALL_RUNS = {
     "data_dir",
     "device",
 }  # --seeds varies the first, nothing the others
+NOTHING = "None"  # of a field without a value, or without items
 FIELDS = (TRAIN_FIELDS | set(ModelConfig().flags)) - OF_ALL_RUNS
 
 
@@ -91,13 +95,34 @@ def as_flags(name: str, value: Any) -> list[str]:
     return [f"{flag}={word(value)}"]
 
 
+def as_text(value: Any) -> str:
+    """A field as a grid or an override has it."""
+    return "+".join(map(word, value)) or NOTHING if isinstance(value, list) else word(value)
+
+
 def word(value: Any) -> str:
     """A plain value as a word of the command line."""
+    if isinstance(value, float):
+        return repr(value).replace("e+", "e")  # "+" joins items
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @cache
 def _value(name: str, text: str) -> Any:
     """What a flag makes of a field's text."""
-    given = with_flags(Config(), as_flags(name, text))
-    return getattr(given.train, name) if name in TRAIN_FIELDS else given.model.flags[name]
+    value: Any = text
+    if isinstance(_of(Config(), name), tuple) and text == NOTHING:
+        value = []
+    elif _has_items(name):
+        value = text.split("+")
+    return _of(with_flags(Config(), as_flags(name, value)), name)
+
+
+def _of(config: Config, name: str) -> Any:
+    return getattr(config.train, name) if name in TRAIN_FIELDS else config.model.flags[name]
+
+
+def _has_items(name: str) -> bool:
+    parts = (TrainConfig, ModelConfig, *map(type, ModelConfig().mechanisms.values()))
+    (hint,) = {hints[name] for part in parts if name in (hints := get_type_hints(part))}
+    return any(get_origin(part) is tuple for part in (hint, *get_args(hint)))

@@ -177,12 +177,12 @@ def _varied(
     def described(name: str, value: str) -> tuple[Any, ...]:
         given = changed(config, overrides | {name: value})
         model = given.model
-        arguments = model.layer_arguments(mechanism)
+        layers = itertools.cycle(model.layer_arguments(mechanism))
         shape = {field.name: getattr(model, field.name) for field in fields(model)}
         del shape["mechanisms"]
         for field_name in OF_ATTENTION:
             del shape[field_name]
-        return arguments, shape, given.train
+        return list(itertools.islice(layers, model.num_layers)), shape, given.train
 
     found = set()
     for name, given in values.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from smollm.attention import MECHANISMS
 from smollm.files import write_atomically
-from smollm.studies.fields import as_flags, assignment, word
+from smollm.studies.fields import as_flags, as_text, assignment
 from smollm.training.config import Config
 
 PLAN = Path("study.toml")
@@ -56,11 +56,13 @@ def read_plan(path: Path) -> list[str]:
         if not isinstance(table, dict):
             raise ValueError(f"{path}: {name}: expected a table, got {table!r}")
     points = [
-        f"{name}={','.join(map(word, values if isinstance(values, list) else [values]))}"
+        f"{name}={','.join(map(as_text, values if isinstance(values, list) else [values]))}"
         for name, values in grid.items()
     ]
     own = [
-        f"{m}.{name}={word(value)}" for m, table in tables.items() for name, value in table.items()
+        f"{variant}.{name}={as_text(value)}"
+        for variant, table in tables.items()
+        for name, value in table.items()
     ]
     return [*flags, *as_flags("grid", points), *as_flags("override", own)]
 

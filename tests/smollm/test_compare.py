@@ -44,6 +44,13 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group():
     assert found[2].spread("val_loss") is None and found[3].mean("val_loss") is None
 
 
+def test_groups_that_differ_in_the_items_of_a_field():
+    patterns = ([], [8, "full"])
+    runs = [made("mha", 3.0, seed, window_pattern=p) for seed in (1, 2) for p in patterns]
+    found = [(each.title, len(each.runs)) for each in at_their_best(group(runs))]
+    assert found == [("MHA window_pattern=None", 2), ("MHA window_pattern=8+full", 2)]
+
+
 def test_a_group_tells_how_its_runs_ended():
     runs = seeds("mha", 3.0, (0.0, 0.1, 0.2))
     runs[1].status, runs[1].val_loss = "diverged", 9.0

@@ -19,6 +19,11 @@ def names(*flags):
     return [cell.name for cell in cells(parse(["--preset=cpu", *flags]))]
 
 
+def written(folder, config):
+    write_plan(folder, config)
+    return folder / PLAN
+
+
 @pytest.mark.parametrize(("gpu", "driver"), [(True, False), (False, True)], ids=["gpu", "driver"])
 def test_pytorch_chooses_the_preset(gpu, driver, tmp_path, monkeypatch, capsys):
     """The driver only suggests whose defaults help shows."""
@@ -90,6 +95,47 @@ def test_an_override_is_one_variants_own():
         assert pressure == (2 if mga else 4) and cell.config.train.clip in (1, float("inf"))
     swept = cells(parse(["--override", "mga.lr=2e-3", "--grid", "lr=1e-3,4e-3"]))
     assert {cell.config.train.lr for cell in swept if cell.mechanism == "mga"} == {1e-3, 4e-3}
+
+
+ITEMS = [
+    ("window_pattern", "128+64+full", (128, 64, "full")), ("window_pattern", "full", ("full",)),
+    ("window_pattern", "None", ()), ("contexts", "16+32", (16, 32)), ("layers", "mha", ("mha",)),
+    ("rope_scaling", "8+1+4+1e4", (8, 1, 4, 1e4)), ("rope_scaling", "None", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "items"), ITEMS, ids=[f"{n}={t}" for n, t, _ in ITEMS])
+def test_items_of_a_field_are_joined(name, text, items):
+    (cell,) = cells(
+        parse(["--preset=cpu", "--variants", "gqa", "--override", f"gqa.{name}={text}"])
+    )
+    assert (vars(cell.config.train) | cell.config.model.flags)[name] == items
+
+
+def test_a_grid_over_a_field_of_several_items():
+    flags = ["--variants", "mha", "mga", "--grid", "window_pattern=None,128+full"]
+    assert names(*flags) == [
+        "mha-window_pattern=None", "mga", "mha-window_pattern=128+full",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        names("--grid", "window_pattern=128+half")
+
+
+def test_lists_in_tables(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'variants = ["mha", "gqa"]\n[grid]\nwindow_pattern = [[8, "full"], "full"]\n'
+        "[gqa]\ncontexts = []\nrope_scaling = [8.0, 1.0, 4.0, 1e16]"
+    )
+    config = parse(["study", str(path)])
+    for again in (config, parse(["study", str(written(tmp_path, config))])):
+        found = {cell.name: cell.config for cell in cells(again)}
+        assert list(found) == [
+            f"{m}-window_pattern={w}" for w in ("8+full", "full") for m in ("mha", "gqa")
+        ]
+        gqa = found["gqa-window_pattern=8+full"]
+        assert gqa.train.contexts == () and gqa.model.window_pattern == (8, "full")
+        assert gqa.model.rope_scaling == (8, 1, 4, 1e16)
 
 
 @pytest.mark.parametrize("what", ["params", "flops"])
