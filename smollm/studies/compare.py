@@ -1,7 +1,7 @@
 """What a study's runs say: which belong together, which differ beyond their spread, by how much.
 
-Runs that differ in their seed alone are one group. A group stands for its mechanism at one point of
-the study; where the learning rate was swept, each mechanism is compared at its best one.
+Runs that differ in their seed alone are one group. A group stands for its variant at one point of
+the study; where the learning rate was swept, each variant is compared at its best one.
 """
 
 import itertools
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smollm.attention import MECHANISMS
 from smollm.studies.fields import NOTHING
-from smollm.training.record import Run
+from smollm.training.record import Run, title_of
 
 LEVEL = 0.95  # of intervals
 
@@ -24,15 +23,15 @@ LEVEL = 0.95  # of intervals
 class Group:
     """Runs that differ in their seed alone."""
 
-    mechanism: str
-    point: dict[str, Any]  # what sets it apart from the mechanism's other groups
+    mechanism: str  # as the runs' own
+    point: dict[str, Any]  # what sets it apart from the others of that name
     runs: list[Run]
 
     @property
     def title(self) -> str:
         """What tables, plots and verdicts call it."""
         varied = (f"{name}={_shown(value)}" for name, value in self.point.items())
-        return " ".join((MECHANISMS[self.mechanism].title, *varied))
+        return " ".join((title_of(self.mechanism), *varied))
 
     @property
     def finished(self) -> list[Run]:
@@ -200,7 +199,7 @@ def power_law(points: Sequence[tuple[float, float]]) -> PowerLaw | None:
 def speed_ups(groups: Sequence[Group]) -> tuple[PowerLaw | None, list[SpeedUp]]:
     """The baseline's law over its budgets, and the speed-up of each other group against it.
 
-    The baseline is the first group's mechanism, at its best at each number of tokens; without three
+    The baseline is the first group's variant, at its best at each number of tokens; without three
     such numbers there is no law.
     """
     best = [each for each in at_their_best(groups) if each.finished]

@@ -42,7 +42,7 @@ class Run:
     Its plain values continue it: `Run.of` takes back what `plain` gave.
     """
 
-    mechanism: str
+    mechanism: str  # the variant's name, which a mechanism's is and others may be
     device: str  # "cpu" or "cuda"
     name: str = ""  # of its files; the mechanism's by default
     point: dict[str, str] = field(default_factory=dict)  # what a grid varies
@@ -90,7 +90,7 @@ class Run:
         """What tables and plots call it."""
         seed = () if self.seed is None else (f"seed {self.seed}",)
         varied = (f"{name}={value}" for name, value in self.point.items())
-        return " ".join((MECHANISMS[self.mechanism].title, *varied, *seed))
+        return " ".join((title_of(self.mechanism), *varied, *seed))
 
     @property
     def done(self) -> bool:
@@ -138,6 +138,13 @@ class Run:
         self.status = "failed"
         self.error = traceback.format_exception_only(error)[0].splitlines()[0]
         self.traceback = "".join(traceback.format_exception(error))
+
+
+def title_of(variant: str) -> str:
+    """What tables and plots call a variant: the mechanisms that it is named after, or its name."""
+    names = variant.split("+")
+    known = [MECHANISMS[name].title for name in names if name in MECHANISMS]
+    return "+".join(known) if len(known) == len(names) else variant
 
 
 def _not_finite(plain: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tables, winners and plots of runs that are made up."""
 
+import itertools
 import math
 import re
 
@@ -117,6 +118,15 @@ def drawn(tmp_path, monkeypatch):
     return draw
 
 
+def legend(axes):
+    """The labels, in a legend that covers no curve."""
+    (found,) = axes.figure.legends
+    axes.figure.draw_without_rendering()
+    for panel in axes.figure.axes:
+        assert found.get_window_extent().ymax <= panel.get_tightbbox().ymin
+    return [text.get_text() for text in found.get_texts()]
+
+
 def test_the_loss_plot_shows_the_differences(drawn):
     """Its axis is the second half's: the fall from 8 is cut off, the difference fills it."""
     axes = drawn([made("mha"), made("gqa", final=2.3)])
@@ -131,8 +141,7 @@ def test_the_loss_plot_shows_the_differences(drawn):
 def test_the_loss_plot_marks_where_a_run_ended(drawn):
     axes = drawn([made("mha", end=90, status="diverged"), made("gqa"),
                   Run("mla", "cpu", status="failed")])  # fmt: skip
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["MHA (diverged)", "GQA", "MLA (failed)"]
+    assert legend(axes) == ["MHA (diverged)", "GQA", "MLA (failed)"]
     (cross,) = [line for line in axes.get_lines() if line.get_marker() == "X"]
     assert list(cross.get_xdata()) == [90_000]
     assert axes.get_ylim()[0] <= cross.get_ydata()[0] <= axes.get_ylim()[1]
@@ -140,12 +149,45 @@ def test_the_loss_plot_marks_where_a_run_ended(drawn):
 
 def test_seeds_are_a_band(drawn):
     axes = drawn([made("mha", final=final, seed=final) for final in (2, 3, 4)] + [made("gqa")])
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["MHA", "GQA"]
+    assert legend(axes) == ["MHA", "GQA"]
     (band,) = axes.collections
     bottom, top = (f(band.get_paths()[0].vertices[:, 1]) for f in (np.min, np.max))
     assert bottom < 2.05 and top > 4.0
     mean = next(line for line in axes.get_lines() if line.get_label() == "MHA")
     assert mean.get_ydata()[-1] == pytest.approx(3 + 5 * math.exp(-160 / 30))
+
+
+def test_any_variants_are_told_apart(drawn):
+    """Mechanisms by their colors, others by those of a palette; all by lines and markers too."""
+    names = [*MECHANISMS, "mha+mga", *(f"mine-{i}" for i in range(19))]
+    axes = drawn([made(name, final=2 + i / 20) for i, name in enumerate(names)])
+    assert legend(axes)[3:6] == ["MGA", "MHA+MGA", "mine-0"]
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines]
+    assert [color for color, _, _ in looks[:4]] == [row.color for row in MECHANISMS.values()]
+    assert len({color for color, _, _ in looks[:14]}) == 14
+    assert len({(color, line) for color, line, _ in looks}) == len(names) == 24
+    assert all(one[2] != next_[2] for one, next_ in itertools.pairwise(looks))
+
+
+def test_a_variant_keeps_its_color_in_all_plots(tmp_path, monkeypatch):
+    runs = []
+    for name in ("mine", "other"):
+        for lr in (1e-3, 2e-3):
+            runs.append(made(name, final=2 + lr))
+            runs[-1].config, runs[-1].cache_bytes_per_token = {"lr": lr}, 8
+    runs[0].status = runs[1].status = "failed"
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    for plot in (plots.plot_loss, plots.plot_trade_offs, plots.plot_rates):
+        plot(tmp_path, group(runs))
+    for figure in kept:
+        plots.plt.close(figure)
+        found = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
+        assert all(label.startswith(("mine", "other")) for label in found)
+        line = next(found[label] for label in found if label.startswith("other"))
+        line = line[0] if isinstance(line, tuple) else line
+        assert line.get_color() == plots.PALETTE[1]
 
 
 @pytest.mark.parametrize("runs", [
