@@ -1,20 +1,23 @@
-"""The folder of a study's results: whose it is, and which files there are ours."""
+"""The folder of a study's results: whose it is, and which files there are ours.
+
+Names of variants are free, so that a file like a run's is ours only where study.toml or the results
+name its variant, or where it is named after mechanisms.
+"""
 
 import json
 import os
-import re
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from smollm.attention import MECHANISMS
 from smollm.data.tokenizer import TOKENIZER_FILE
 from smollm.files import locked
 from smollm.studies.plan_file import PLAN
+from smollm.studies.variants import RUN, of_mechanisms
 from smollm.training.record import Run, checkpoint_folder, log_file, model_file
 from smollm.training.state import checkpoint_files
 
-RUN = re.compile(rf"({'|'.join(MECHANISMS)})(-\w+=[A-Za-z0-9.+_-]+)*", re.ASCII)
 RESULTS = Path("ablation_results.json")
 REPORT = Path("report.md")
 PAGE = Path("report.html")
@@ -37,7 +40,8 @@ def claimed(folder: Path, names: Sequence[str], *, overwrite: bool, resume: bool
         resume: it holds this study's.
 
     Raises:
-        ValueError: it cannot be written, or holds another study's files and neither is allowed.
+        ValueError: it cannot be written, or holds another study's files and neither is allowed, or
+            files of others where the runs' belong.
         BlockingIOError: another process's study is at work there.
     """
     try:
@@ -60,6 +64,14 @@ def claimed(folder: Path, names: Sequence[str], *, overwrite: bool, resume: bool
                 f"output_dir: expected a folder without another study's files, got {folder} with "
                 f"{shown}; give another --output-dir, --resume {folder} to go on with that study, "
                 "or --overwrite to replace its files"
+            )
+        ours = _variants(folder)
+        others = [f for name in names if not _is_ours(name, ours) for f in _run_files(folder, name)]
+        if others:
+            raise ValueError(
+                f"output_dir: expected no files but a study's where {', '.join(names)} go, got "
+                f"{folder} with {', '.join(map(str, others[:12]))}, which no study there names; "
+                "move them, or give another --output-dir"
             )
         yield
 
@@ -93,7 +105,7 @@ def trained(folder: Path) -> list[str]:
 
 def clear(folder: Path) -> None:
     """Remove an older study's files, and no others."""
-    for file in _files(folder):
+    for file in reversed(_files(folder)):  # last those that name the others
         (folder / file).unlink()
         for parent in file.parents[:-1]:
             with suppress(OSError):  # files are still in it, ours or someone else's
@@ -106,13 +118,36 @@ _EXPECTED = "output_dir: expected a folder that can be written"
 def _files(folder: Path) -> list[Path]:
     """Every file in a folder that a study wrote, by its path inside."""
     found = [file for file in OWN if os.path.lexists(folder / file)]
-    for path in sorted(folder.iterdir()):
-        name = path.name.removesuffix(model_file("").name)
-        if name != path.name and RUN.fullmatch(name) and path.is_file():
-            found.append(Path(path.name))
-        if RUN.fullmatch(path.name) and path.is_dir():
-            checkpoints = checkpoint_files(folder / checkpoint_folder(path.name))
-            found += [file.relative_to(folder) for file in sorted(checkpoints)]
-            if os.path.lexists(folder / log_file(path.name)):
-                found.append(log_file(path.name))
+    ours = _variants(folder)
+    names = {path.name.removesuffix(model_file("").name) for path in folder.iterdir()}
+    for name in sorted(names):
+        if _is_ours(name, ours):
+            found += _run_files(folder, name)
     return found
+
+
+def _variants(folder: Path) -> set[str]:
+    """What a folder's study.toml and results say was trained; a damaged file says nothing."""
+    damaged = OSError, ValueError, KeyError, TypeError
+    said = []
+    with suppress(*damaged):
+        said.append(tomllib.loads((folder / PLAN).read_text(encoding="utf-8"))["variants"])
+    with suppress(*damaged):
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        said.append(results["config"]["variants"])
+    lists = [names for names in said if isinstance(names, list)]
+    return {name for names in lists for name in names if isinstance(name, str)}
+
+
+def _is_ours(name: str, variants: set[str]) -> bool:
+    """Whether a run's name is of one of the variants, or named after mechanisms."""
+    run = RUN.fullmatch(name)
+    return run is not None and (run["variant"] in variants or of_mechanisms(run["variant"]))
+
+
+def _run_files(folder: Path, name: str) -> list[Path]:
+    """The files that stand where a run's do."""
+    found = [model_file(name)] if (folder / model_file(name)).is_file() else []
+    checkpoints = checkpoint_files(folder / checkpoint_folder(name))
+    found += [file.relative_to(folder) for file in sorted(checkpoints)]
+    return found + [log_file(name)] * os.path.lexists(folder / log_file(name))

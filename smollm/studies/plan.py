@@ -2,16 +2,17 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from smollm.attention import MECHANISMS, SharedOptions
+from smollm.attention import SharedOptions
 from smollm.model.config import ModelConfig
 from smollm.studies.fields import assignment, changed, check_values, with_flags
 from smollm.studies.plan_file import PLAN, read_plan
+from smollm.studies.variants import check_layers, check_variants, own_fields
 from smollm.training.checks import check_config, check_ranges
 from smollm.training.config import PRESETS, Config, Preset
 
@@ -25,7 +26,7 @@ OF_ATTENTION = {"layers", "window_pattern", "nope_every"} | {
 class Cell:
     """One run of a study."""
 
-    mechanism: str
+    variant: str
     config: Config  # its own
     point: dict[str, str]  # what the grid varies, as it was given
     seed: int | None  # where the study has several
@@ -34,7 +35,7 @@ class Cell:
     def name(self) -> str:
         """What its files are called by."""
         varied = self.point | ({} if self.seed is None else {"seed": str(self.seed)})
-        return "-".join((self.mechanism, *(f"{name}={value}" for name, value in varied.items())))
+        return "-".join((self.variant, *(f"{name}={value}" for name, value in varied.items())))
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -80,47 +81,47 @@ def check(config: Config) -> None:
     if config.resume is not None and config.output_dir != config.resume:
         raise ValueError(f"output_dir: expected {config.resume} to resume, got {config.output_dir}")
     check_ranges(config)
-    planned = cells(config)
-    check_config(config, vocab_size=1)
-    for cell in planned:
-        check_config(replace(cell.config, variants=(cell.mechanism,)), vocab_size=1)
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"seeds: expected distinct ones, got {config.seeds}")
+    for cell in cells(replace(config, seeds=())):
+        check_config(replace(cell.config, variants=(cell.variant,)), vocab_size=1)
 
 
 def cells(config: Config) -> list[Cell]:
-    """The runs of a study: seed by seed, point by point of the grid, mechanism by mechanism.
+    """The runs of a study: seed by seed, point by point of the grid, variant by variant.
 
-    A field of the grid that makes no difference to a mechanism does not multiply its runs.
+    A field of the grid that makes no difference to a variant does not multiply its runs.
 
     Raises:
-        ValueError: a grid or an override that cannot be read; the text names the field.
+        ValueError: a grid, an override or a variant that is none; the text names the field.
     """
+    check_variants(config)
     grid = [assignment("grid", text) for text in config.grid]
     values = {name: check_values("grid", name, text.split(",")) for name, text in grid}
     if len(values) < len(grid):
         raise ValueError(f"grid: expected each field once, got {' '.join(config.grid)}")
     if config.match != "none" and "ffn_hidden_dim" in values:
         raise ValueError("match: expected no grid over ffn_hidden_dim, which it chooses, got one")
-    overrides = {mechanism: dict[str, str]() for mechanism in MECHANISMS}
-    for text in config.override:
-        name, value = assignment("override", text)
-        mechanism, _, field = name.partition(".")
-        if mechanism not in overrides:
-            raise ValueError(f"override: expected VARIANT.FIELD=VALUE, got {text!r}")
-        overrides[mechanism][field] = check_values("override", field, [value])[0]
+    own = own_fields(config)
     found: dict[str, Cell] = {}
     seeds: tuple[int | None, ...] = config.seeds or (None,)
+    points = [
+        dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())
+    ]
     varied = {
-        mechanism: _varied(mechanism, config, values, overrides[mechanism])
-        for mechanism in config.mechanisms
+        variant: _varied(
+            variant, [changed(config, own.get(variant, {}) | p) for p in points], points
+        )
+        for variant in config.chosen
     }
-    for seed, point in itertools.product(seeds, _points(values)):
-        for mechanism in config.mechanisms:
-            own = {name: value for name, value in point.items() if name in varied[mechanism]}
-            flags = overrides[mechanism] | point | ({} if seed is None else {"seed": str(seed)})
-            cell = Cell(mechanism, changed(config, flags), own, seed)
+    for seed, point in itertools.product(seeds, points):
+        for variant in config.chosen:
+            shown = {name: value for name, value in point.items() if name in varied[variant]}
+            flags = own.get(variant, {}) | point | ({} if seed is None else {"seed": str(seed)})
+            cell = Cell(variant, changed(config, flags), shown, seed)
             if config.match != "none":
-                first = config.mechanisms[0]
-                target = changed(config, overrides[first] | point)
+                first = config.chosen[0]
+                target = changed(config, own.get(first, {}) | point)
                 cell = replace(cell, config=_matched(cell, first, target))
             found.setdefault(cell.name, cell)
     return list(found.values())
@@ -138,60 +139,56 @@ def _matched(cell: Cell, first: str, target: Config) -> Config:
         ours, theirs = (getattr(config.model, name) for config in (cell.config, target))
         if ours != theirs:
             raise ValueError(
-                f"match: expected {first}'s {name}={theirs} in {cell.mechanism}, got {ours}"
+                f"match: expected {first}'s {name}={theirs} in {cell.variant}, got {ours}"
             )
     wanted = _cost(first, target, target.model.ffn_hidden_dim)
-    base = _cost(cell.mechanism, cell.config, 1)
-    slope = _cost(cell.mechanism, cell.config, 2) - base
+    base = _cost(cell.variant, cell.config, 1)
+    slope = _cost(cell.variant, cell.config, 2) - base
     width = 1 + round((wanted - base) / slope)
     if width < 1:
         raise ValueError(
-            f"match: expected room for a feed-forward layer in {cell.mechanism}, whose attention "
+            f"match: expected room for a feed-forward layer in {cell.variant}, whose attention "
             f"alone has more {target.match} than all of {first}"
         )
     return replace(cell.config, model=replace(cell.config.model, ffn_hidden_dim=width))
 
 
-def _cost(mechanism: str, config: Config, width: int) -> int:
+def _cost(variant: str, config: Config, width: int) -> int:
     """Parameters or FLOPs per token with a feed-forward width, as the config matches them."""
     flags = tuple((config.model.flags | {"ffn_hidden_dim": width}).items())
-    return _costs(mechanism, flags, config.train.seq_len)[config.match]
+    return _costs(variant, flags, config.train.seq_len)[config.match]
 
 
 @cache
-def _costs(mechanism: str, flags: tuple[tuple[str, Any], ...], seq_len: int) -> dict[str, int]:
+def _costs(variant: str, flags: tuple[tuple[str, Any], ...], seq_len: int) -> dict[str, int]:
     import torch
 
     from smollm.model.build import build_model
 
     with torch.device("meta"):
-        model = build_model(mechanism, ModelConfig.of(**dict(flags)), vocab_size=1)
+        model = build_model(variant, ModelConfig.of(**dict(flags)), vocab_size=1)
     return {"params": model.count_parameters(), "flops": model.flops_per_token(seq_len)}
 
 
-def _varied(
-    mechanism: str, config: Config, values: dict[str, list[str]], overrides: dict[str, str]
-) -> set[str]:
-    """The grid's fields that make a difference to a mechanism's runs."""
-
-    def described(name: str, value: str) -> tuple[Any, ...]:
-        given = changed(config, overrides | {name: value})
-        model = given.model
-        layers = itertools.cycle(model.layer_arguments(mechanism))
-        shape = {field.name: getattr(model, field.name) for field in fields(model)}
-        del shape["mechanisms"]
-        for field_name in OF_ATTENTION:
-            del shape[field_name]
-        return list(itertools.islice(layers, model.num_layers)), shape, given.train
-
+def _varied(variant: str, configs: Sequence[Config], points: Sequence[dict[str, str]]) -> set[str]:
+    """The grid's fields in which alone two points differ that make other runs of a variant."""
     found = set()
-    for name, given in values.items():
-        first, *others = (described(name, value) for value in given)
-        if any(other != first for other in others):
-            found.add(name)
+    described = [_described(variant, config) for config in configs]
+    for name in points[0]:
+        others: dict[Any, Any] = {}
+        for point, run in zip(points, described, strict=True):
+            rest = tuple(value for field, value in point.items() if field != name)
+            if others.setdefault(rest, run) != run:
+                found.add(name)
     return found
 
 
-def _points(values: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    for point in itertools.product(*values.values()):
-        yield dict(zip(values, point, strict=True))
+def _described(variant: str, config: Config) -> tuple[Any, ...]:
+    """All that a variant's run follows from."""
+    model = config.model
+    check_layers(variant, model)
+    layers = itertools.cycle(model.layer_arguments(variant))
+    shape = {field.name: getattr(model, field.name) for field in fields(model)}
+    for name in {"mechanisms", *OF_ATTENTION}:
+        del shape[name]
+    return list(itertools.islice(layers, model.num_layers)), shape, config.train

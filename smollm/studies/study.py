@@ -98,7 +98,7 @@ def check_same(config: Config, corpus: Corpus, device: torch.device) -> None:
             f"{', '.join(strangers)}"
         )
     for cell in planned:
-        about = identity(cell.mechanism, cell.config, corpus, device)
+        about = identity(cell.variant, cell.config, corpus, device)
         run = runs.get(cell.name)
         if run is not None and run.done and (other := differences(run.config or {}, about)):
             raise ValueError(
@@ -194,7 +194,7 @@ class Study:
                     continue
                 if self._world.sum([self._interrupts.requested])[0]:
                     return True
-                run = Run(cell.mechanism, self._world.device.type, cell.name, cell.point, cell.seed)
+                run = Run(cell.variant, self._world.device.type, cell.name, cell.point, cell.seed)
                 self._runs[cell.name] = run
                 train_run(
                     run, cell.config, self._corpus, self._world, progress, self._interrupts,

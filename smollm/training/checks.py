@@ -40,14 +40,6 @@ def check_config(config: Config, vocab_size: int) -> None:
         raise ValueError(
             "fsdp: expected optimizer 'adamw', since Muon needs whole matrices, got 'muon'"
         )
-    if config.only_mga and config.variants not in (Config.variants, ("mga",)):
-        raise ValueError(
-            f"only_mga: expected no other variants beside it, got {' '.join(config.variants)}"
-        )
-    if not config.mechanisms or len(set(config.mechanisms)) < len(config.mechanisms):
-        raise ValueError(f"variants: expected distinct mechanisms, got {config.mechanisms}")
-    if len(set(config.seeds)) < len(config.seeds):
-        raise ValueError(f"seeds: expected distinct ones, got {config.seeds}")
     check_tracker(train.log)
     _check_with_torch(config, vocab_size)
 
@@ -80,6 +72,6 @@ def _check_with_torch(config: Config, vocab_size: int) -> None:
 
     find_device(config.train.device)
     with torch.device("meta"):
-        for mechanism in config.mechanisms:
-            layers = len(config.model.layer_arguments(mechanism))
-            build_model(mechanism, replace(config.model, num_layers=layers), vocab_size)
+        for variant in config.chosen:
+            layers = len(config.model.layer_arguments(variant))
+            build_model(variant, replace(config.model, num_layers=layers), vocab_size)

@@ -18,10 +18,6 @@ from smollm.training.trackers import Tracker
 
 Preset = Literal["cpu", "ablation", "smollm2-135m"]
 Device = Literal["auto", "cpu", "cuda"]
-Variants = Annotated[
-    tuple[str, ...],
-    tyro.conf.arg(constructor=tuple[Literal[tuple(MECHANISMS)], ...]),  # type: ignore[misc]
-]
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,9 @@ class Config:
     )
     """Where the other flags' defaults come from: "cpu" (about 2 minutes on 2 cores, the default
     without a GPU), "ablation" (the default with one), "smollm2-135m" (the full model)."""
-    variants: Variants = tuple(MECHANISMS)
-    """Mechanisms to train, in this order."""
+    variants: tuple[str, ...] = tuple(MECHANISMS)
+    """What to train, in this order: mechanisms, several that the layers have in turn, such as
+    mha+mga, or names of your own, which --override NAME.layers=mha gives layers to."""
     only_mga: bool = False
     """Short for --variants mga."""
     seeds: Annotated[tuple[int, ...], Range(0, 2**63 - 1)] = ()
@@ -123,7 +120,8 @@ class Config:
     """Train every variant at all combinations of these fields, each FIELD=VALUE,VALUE..., for
     example lr=1e-3,3e-3 window_size=64,256."""
     override: tuple[str, ...] = ()
-    """Fields of one variant alone, each VARIANT.FIELD=VALUE, for example mga.lr=2e-3."""
+    """Fields of one variant alone, each VARIANT.FIELD=VALUE, for example mga.lr=2e-3. Here and in
+    --grid the items of a field that has several are joined by "+": mha.window_pattern=64+full."""
     match: Literal["none", "params", "flops"] = "none"
     """Give every variant the feed-forward width with which it comes closest to the parameters, or
     to the FLOPs per token, of the first one."""
@@ -138,8 +136,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
-    def mechanisms(self) -> tuple[str, ...]:
-        """The mechanisms to train."""
+    def chosen(self) -> tuple[str, ...]:
+        """The variants to train."""
         return ("mga",) if self.only_mga else self.variants
 
     @property

@@ -89,17 +89,17 @@ def test_a_field_multiplies_those_alone_that_it_changes():
 def test_an_override_is_one_variants_own():
     flags = ["--override", "mga.lr=2e-3", "mga.selection-pressure=2", "--grid", "clip=1,inf"]
     for cell in cells(parse(flags)):
-        mga = cell.mechanism == "mga"
+        mga = cell.variant == "mga"
         assert cell.config.train.lr == (2e-3 if mga else 3e-3)
         pressure = cell.config.model.mechanisms["mga"].selection_pressure
         assert pressure == (2 if mga else 4) and cell.config.train.clip in (1, float("inf"))
     swept = cells(parse(["--override", "mga.lr=2e-3", "--grid", "lr=1e-3,4e-3"]))
-    assert {cell.config.train.lr for cell in swept if cell.mechanism == "mga"} == {1e-3, 4e-3}
+    assert {cell.config.train.lr for cell in swept if cell.variant == "mga"} == {1e-3, 4e-3}
 
 
 ITEMS = [
     ("window_pattern", "128+64+full", (128, 64, "full")), ("window_pattern", "full", ("full",)),
-    ("window_pattern", "None", ()), ("contexts", "16+32", (16, 32)), ("layers", "mha", ("mha",)),
+    ("window_pattern", "None", ()), ("contexts", "16+32", (16, 32)),
     ("rope_scaling", "8+1+4+1e4", (8, 1, 4, 1e4)), ("rope_scaling", "None", None),
 ]  # fmt: skip
 
@@ -145,11 +145,11 @@ def test_variants_are_matched_to_the_first(what, preset):
     costs = {}
     for cell in cells(parse(flags)):
         with torch.device("meta"):
-            model = build_model(cell.mechanism, cell.config.model, 4096)
+            model = build_model(cell.variant, cell.config.model, 4096)
         flops = model.flops_per_token(cell.config.train.seq_len)
         cost = model.count_parameters() if what == "params" else flops
         costs.setdefault(cell.point.get("window_size"), []).append(cost)
-        if cell.mechanism == "mha":
+        if cell.variant == "mha":
             assert cell.config.model.ffn_hidden_dim == parse(flags).model.ffn_hidden_dim
     for found in costs.values():
         assert max(found) / min(found) < 1.01 or len(found) == 1
@@ -181,7 +181,7 @@ def test_matching_needs_room(data_dir, tmp_path, capsys):
     (["--grid", "lr=1e-3,nan"], "lr: expected in (0, inf), got nan"),
     (["--grid", "num_heads=9,7"], "num_heads: expected a divisor of embed_dim=36, got 7"),
     (["--override", "lr=1"], "override: expected VARIANT.FIELD=VALUE, got 'lr=1'"),
-    (["--override", "mqa.lr=1"], "override: expected VARIANT.FIELD=VALUE, got 'mqa.lr=1'"),
+    (["--override", "mqa.lr=1"], "override: expected a field of mha, gqa, mla, mga, in a"),
     (["--override", "mga.speed=1"], "override: expected a field of training or of the model, but"),
     (["--seeds", "1", "1"], "seeds: expected distinct ones, got (1, 1)"),
     (["--seeds", "-1"], "seeds: expected in [0, 9.22337e+18], got -1"),

@@ -20,7 +20,7 @@ from smollm.model.build import build_model
 from smollm.model.config import ModelConfig
 from smollm.training import metrics
 from smollm.training.checks import check_config
-from smollm.training.config import PRESETS, Config, TrainConfig
+from smollm.training.config import PRESETS, TrainConfig
 from smollm.training.interrupts import Interrupts
 from smollm.training.loader import Batch, Loader
 from smollm.training.optim import Optimizers, accumulate_gradients, learning_rate
@@ -382,13 +382,3 @@ def test_what_is_unusual_but_has_meaning_is_accepted():
                    {"beta1": 0.0}, {"seed": 2**63 - 1}, {"window_size": 10**9},
                    {"num_layers": 10**6}):  # fmt: skip
         check_config(changed(**fields), 1)
-
-
-def test_only_mga_contradicts_other_variants():
-    only = dataclasses.replace(PRESETS["cpu"], only_mga=True)
-    check_config(only, 1)
-    check_config(dataclasses.replace(only, variants=("mga",)), 1)
-    for variants in (("mha",), ("mha", "mga")):
-        with pytest.raises(ValueError, match="only_mga: expected no other variants beside it, got"):
-            check_config(dataclasses.replace(only, variants=variants), 1)
-    assert Config(only_mga=True).mechanisms == ("mga",)
