@@ -1,10 +1,10 @@
 """Associative recall: a corpus whose losses with and without recall are known.
 
-`python -m bench.studies.mga.recall [--root .data] [--seq-len 128] [--documents 16400] [--seed 8]`
+`python -m bench.studies.mga.recall [--root .data] [--seq-len 128] [--keys 32] [--documents 16400]`
 prepares the corpus `recall` for `train.py --corpus recall --seq-len 128`, prints its bounds and
 writes them to recall.json beside this file. A document is a start, pairs of a key and its value,
 and the end: one sequence of training. Keys are drawn one by one, each key's value once for the
-document, all of them uniformly:
+document, all of them uniformly, of as many values as keys:
 
     .Kx0yAqKxAq0y...      x, y and q cost ln 32 nats at first, and nothing once they are recalled
 
@@ -45,11 +45,13 @@ class Pairs(Source):
     Args:
         documents: how many.
         seq_len: tokens in each, its start and its end included; even.
+        keys: how many there are, and values, 2 to 32.
         seed: of all that is drawn.
     """
 
     documents: int
     seq_len: int
+    keys: int
     seed: int
 
     @property
@@ -59,13 +61,16 @@ class Pairs(Source):
     def check(self) -> int:
         if self.seq_len < 4 or self.seq_len % 2:
             raise ValueError(f"seq_len: expected an even number >= 4, got {self.seq_len}")
+        if not 2 <= self.keys <= len(KEYS):
+            raise ValueError(f"keys: expected 2 to {len(KEYS)}, got {self.keys}")
         return self.documents
 
     def texts(self) -> Iterator[str]:
         random = Random(self.seed)
         for _ in range(self.documents):
-            values = dict(zip(KEYS, random.choices(VALUES, k=len(KEYS)), strict=True))
-            keys = random.choices(KEYS, k=self.seq_len // 2 - 1)
+            drawn = random.choices(VALUES[: self.keys], k=self.keys)
+            values = dict(zip(KEYS[: self.keys], drawn, strict=True))
+            keys = random.choices(KEYS[: self.keys], k=self.seq_len // 2 - 1)
             yield START + "".join(key + values[key] for key in keys)
 
 
@@ -89,19 +94,18 @@ class Bounds:
         return (self.guess - loss) / (self.guess - self.floor)
 
 
-def bounds(documents: Iterable[str]) -> Bounds:
-    """The bounds over documents, the end of each among the targets and its start not."""
+def bounds(documents: Iterable[str], keys: int) -> Bounds:
+    """The bounds over documents of so many keys; all but the start of each are targets."""
     floor = unbound = guess = 0.0
     targets = 0
-    per_key, per_value = math.log(len(KEYS)), math.log(len(VALUES))
+    one = math.log(keys)  # nats of a key, or of a value
     for text in documents:
         known: dict[str, str] = {}
         for key, value in zip(text[1::2], text[2::2], strict=True):
-            new = (len(KEYS) - len(known)) / len(VALUES)
-            share = (Counter(known.values())[value] + new) / len(KEYS)
-            floor += per_key + (0.0 if key in known else per_value)
-            unbound += per_key - math.log(share)
-            guess += per_key + per_value
+            share = (Counter(known.values())[value] + (keys - len(known)) / keys) / keys
+            floor += one if key in known else 2 * one
+            unbound += one - math.log(share)
+            guess += 2 * one
             known[key] = value
         targets += len(text)
     return Bounds(floor / targets, unbound / targets, guess / targets)
@@ -135,15 +139,15 @@ def prepare(root: Path, pairs: Pairs, *, replace: bool = False) -> Corpus:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        write_tokenizer(path, _tokenizer())
+        write_tokenizer(path, _tokenizer(pairs.keys))
         return Corpus(
             prepare_corpus(NAME, pairs, root, tokenizer=str(path), held_out=0.05, replace=replace)
         )
 
 
-def _tokenizer() -> Tokenizer:
+def _tokenizer(keys: int) -> Tokenizer:
     """A token for each symbol."""
-    symbols = START + KEYS + VALUES
+    symbols = START + KEYS[:keys] + VALUES[:keys]
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -160,15 +164,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="of prepared corpora")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens of a document")
+    parser.add_argument("--keys", type=int, default=32, help="and values, of each so many")
     parser.add_argument("--documents", type=int, default=16_400)
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--replace", action="store_true", help="a corpus of that name")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of the bounds")
     given = parser.parse_args(argv)
     try:
-        pairs = Pairs(given.documents, given.seq_len, given.seed)
+        pairs = Pairs(given.documents, given.seq_len, given.keys, given.seed)
         corpus = prepare(given.root, pairs, replace=given.replace)
-        found = bounds(held_out(corpus, given.seq_len))
+        found = bounds(held_out(corpus, given.seq_len), given.keys)
     except (ValueError, OSError) as error:
         print(f"recall: {error}", file=sys.stderr)
         return 2
