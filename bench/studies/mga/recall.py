@@ -6,7 +6,7 @@ writes them to recall.json beside this file. A document is a start, pairs of a k
 and the end: one sequence of training. Keys are drawn one by one, each key's value once for the
 document, all of them uniformly, of as many values as keys:
 
-    .Kx0yAqKxAq0y...      x, y and q cost ln 32 nats at first, and nothing once they are recalled
+    .Kx0yAqKxAq0y...      x, y and q cost ln KEYS nats at first, and nothing once they are recalled
 
 `recalled` turns a validation loss over the whole held-out split into the share of what can be
 recalled that was; --val-tokens has to reach over it, as 200000 does.
