@@ -1,7 +1,7 @@
 """Associative recall: a corpus whose losses with and without recall are known.
 
-`python -m bench.studies.mga.recall [--root .data] [--seq-len 128] [--keys 32] [--documents 16400]`
-prepares the corpus `recall` for `train.py --corpus recall --seq-len 128`, prints its bounds and
+`python -m bench.studies.mga.recall [--root .data] [--seq-len 32] [--keys 8] [--documents 65600]`
+prepares the corpus `recall` for `train.py --corpus recall --seq-len 32`, prints its bounds and
 writes them to recall.json beside this file. A document is a start, pairs of a key and its value,
 and the end: one sequence of training. Keys are drawn one by one, each key's value once for the
 document, all of them uniformly, of as many values as keys:
@@ -163,9 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="of prepared corpora")
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens of a document")
-    parser.add_argument("--keys", type=int, default=32, help="and values, of each so many")
-    parser.add_argument("--documents", type=int, default=16_400)
+    parser.add_argument("--seq-len", type=int, default=32, help="tokens of a document")
+    parser.add_argument("--keys", type=int, default=8, help="and values, of each so many")
+    parser.add_argument("--documents", type=int, default=65_600)
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--replace", action="store_true", help="a corpus of that name")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of the bounds")
