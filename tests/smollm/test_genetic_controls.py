@@ -10,7 +10,7 @@ from kernels import rotate
 from kernels.reference import visible
 from smollm import MultiHeadGeneticAttention
 from smollm.attention import genetic
-from smollm.attention.base import split_heads
+from smollm.attention.layers import split_heads
 from smollm.attention.rope import token_positions
 from smollm.model.build import build_model
 from smollm.model.checkpoint import load_model, save_model
