@@ -37,8 +37,8 @@ def export(run: "TrainedRun", folder: Path) -> str:
     """Write what `smollm.hf.save_hf` does, with the run's tokenizer; returns the architecture.
 
     Raises:
-        ValueError: no architecture carries the run's model, or transformers is not installed.
-        FileExistsError: the folder holds something.
+        ValueError: no architecture carries the run's model, the folder holds something, or
+            transformers is not installed.
     """
     from smollm.data.tokenizer import END_OF_TEXT
     from smollm.hf import save_hf
@@ -47,5 +47,7 @@ def export(run: "TrainedRun", folder: Path) -> str:
     named = None if end is None else run.tokenizer.id_to_token(end)
     try:
         return save_hf(run.model, folder, tokenizer=run.tokenizer, eos_token=named or END_OF_TEXT)
+    except FileExistsError as error:
+        raise ValueError(f"to: expected a folder that is new or empty, got {folder}") from error
     except ImportError as error:
         raise ValueError(error) from error

@@ -50,8 +50,7 @@ def write_joined(argv: Sequence[str]) -> tuple[Path, list[Run]]:
         found = read_runs(folder)
         if not found:
             raise ValueError(f"{folder}: expected a study's results, got no {RESULTS}")
-        about = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        for name, value in report.headline(about).items():
+        for name, value in _headline(folder).items():
             facts.setdefault(name, {})[value] = None
         for name, run in found.items():
             key = json.dumps(run.config, sort_keys=True) if run.config else f"{folder}/{name}"
@@ -67,6 +66,14 @@ def write_joined(argv: Sequence[str]) -> tuple[Path, list[Run]]:
         head = {name: "; ".join(values) for name, values in facts.items()}
         report.write_report(output, list(runs.values()), head, _plans(folders))
     return output, list(runs.values())
+
+
+def _headline(folder: Path) -> dict[str, str]:
+    path = folder / RESULTS
+    try:
+        return report.headline(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a study's results, got {error!r}") from error
 
 
 def _plans(folders: Sequence[Path]) -> str:

@@ -218,9 +218,13 @@ def test_what_makes_no_report_is_refused(joined, tmp_path, capsys):
     for r in content["runs"].values():
         r["config"]["corpus_sha256"] = "f" * 64
     (other / "ablation_results.json").write_text(json.dumps(content))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "ablation_results.json").write_text(json.dumps(content | {"config": None}))
     for argv, text in [
         ([one, two], "output_dir: expected a folder for the report of several, got none"),
         ([tmp_path], f"{tmp_path}: expected a study's results, got no ablation_results.json"),
+        ([damaged], f"{damaged / 'ablation_results.json'}: expected a study's results, got TypeE"),
         ([one, other, "--output-dir", tmp_path / "new"], "report: expected studies of one corpus"),
         ([one, two, "--output-dir", two], "output_dir: expected a folder without another study's"),
     ]:

@@ -264,7 +264,7 @@ REFUSALS = [
      "prompt: expected fewer than max_seq_len=2048 tokens, got 2048"),
     (["evaluate", "{0}", "--variant=gqa", "--val-tokens=9"], "val_tokens: expected >= seq_len=32"),
     (["evaluate", "{0}", "--variant=gqa", "--corpus=pile"], "corpus: expected one prepared under"),
-    (["export", "{0}", "--variant=gqa", "--to={0}"], "path: expected a folder that is new or"),
+    (["export", "{0}", "--variant=gqa", "--to={0}"], "to: expected a folder that is new or"),
     (["export", "{0}", "--variant=mga", "--to={0}/out"],
      "model: expected a mechanism of transformers: MHA, GQA or MLA, got MultiHeadGeneticAttention"),
 ]  # fmt: skip
