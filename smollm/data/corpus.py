@@ -40,6 +40,9 @@ class Manifest:
     """sha256 of tokenizer.json and of each shard, by name."""
     python: str | None = None
     """The version whose text this is; of the built-in corpus alone."""
+    request: dict[str, Any] | None = None
+    """What it was prepared from: source, tokenizer's digest, share held out; not of the built-in
+    ones."""
 
     @property
     def sha256(self) -> str:
@@ -123,6 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
             name=_field(content, "name", str),
             files=_files(content),
             python=_field(content, "python", str) if "python" in content else None,
+            request=_field(content, "request", dict) if "request" in content else None,
             **{name: _field(content, name, int) for name in counts},
         )
         if content.get("sha256") != manifest.sha256:
@@ -175,7 +179,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _field(content: dict[str, Any], name: str, kind: type) -> Any:
     value = content.get(name)
     if type(value) is not kind or (isinstance(value, int) and value < 0):
-        wanted = "a count" if kind is int else "text"
+        wanted = {int: "a count", str: "text", dict: "an object"}[kind]
         raise ValueError(f"{name}: expected {wanted}, got {value!r:.80}")
     return value
 

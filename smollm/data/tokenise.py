@@ -134,6 +134,7 @@ def _write(folder: Path, recipe: Recipe, documents: Iterable[str], total: int | 
         val_tokens=writers["val"].tokens,
         files=files | writers["train"].files | writers["val"].files,
         python=recipe.python,
+        request=recipe.request or None,
     )
     write_manifest(folder, manifest)
 

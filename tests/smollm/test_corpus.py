@@ -60,12 +60,13 @@ FIELDS = ("format", "name", "sha256", "vocab_size", "eos_id", "documents", "trai
 
 
 WRONG = (None, True, -1, 1.5, "odd", [], {}, {"a": "b"}, 10**30)
-ALLOWED = (("name", "odd"), ("python", "odd"), ("documents", 10**30))
+ALLOWED = (("name", "odd"), ("python", "odd"), ("documents", 10**30), ("request", {}),
+           ("request", {"a": "b"}))  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(f, v) for f in (*FIELDS, "python") for v in WRONG if (f, v) not in ALLOWED],
+    [(f, v) for f in (*FIELDS, "python", "request") for v in WRONG if (f, v) not in ALLOWED],
 )
 def test_a_field_of_another_type_is_refused(folder, field, value):
     path = folder / "corpus.json"

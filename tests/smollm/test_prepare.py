@@ -42,6 +42,9 @@ def test_parquet_becomes_shards(parquet, prepare_mine, tmp_path):
     decoded = corpus.tokenizer.decode(ids, skip_special_tokens=False).split("<|endoftext|>")[:-1]
     held = [t for t in texts if is_held_out(t, 0.005)]
     assert decoded == [t for t in texts if t not in held] and 0 < len(held) < 30
+    asked = json.loads((folder / "corpus.json").read_text())["request"]
+    assert asked["source"]["paths"] == [str(path) for path in parquet]
+    assert (asked["held_out"], asked["max_documents"]) == (0.005, None)
     assert load_corpus("auto", tmp_path).name == "mine"
     assert load_corpus("mine", tmp_path).sha256 == corpus.sha256
 
