@@ -17,6 +17,7 @@ HEEDED = {
     "cache_position",
     "deterministic",
     "hidden_states",
+    "ignore_index",
     "layer_idx",
     "logits_to_keep",
     "max_length_k",
@@ -29,6 +30,7 @@ HEEDED = {
     "position_ids",
     "return_dict",
     "seq_idx",
+    "shift_labels",
     "use_cache",
 }
 

@@ -239,6 +239,17 @@ def test_refused_dropout_and_masks():
         call(attention_mask=mask)
 
 
+def test_what_only_the_loss_heeds(registered):
+    """Labels that the caller has shifted, and the one that does not count."""
+    llama = model("Llama", "smollm")
+    ids = torch.randint(1, 64, (2, TOKENS))
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -1)], dim=1)
+    with torch.no_grad():
+        expected = llama(input_ids=ids, labels=ids).loss
+        got = llama(input_ids=ids, labels=ids, shift_labels=shifted, ignore_index=-1).loss
+    torch.testing.assert_close(got, expected)
+
+
 def test_models_that_are_refused(registered):
     ids, _ = batch()
     capped = model("Gemma2", "smollm", head_dim=16)
