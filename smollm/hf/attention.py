@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels import attention, attention_decode
 from smollm.hf.library import load_transformers
-from smollm.hf.masks import Layout, layout
+from smollm.hf.masks import Layout, layout, packed
 
 Impl = Literal["auto", "eager", "sdpa", "triton"]
 # What models hand on to attention although it changes nothing there, or has been heeded already.
@@ -42,8 +42,9 @@ def register(name: str = "smollm", impl: Impl = "auto") -> None:
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="smollm")
 
     Serves causal and bidirectional attention, grouped heads, windows, sinks, padding, input packed
-    by `position_ids`, and dynamic and static caches, of which padded ones are copied at each step.
-    It is tested with transformers 5.17 and 5.24.
+    by `position_ids` (where a model's masks heed them) or `cu_seq_lens_q` and `cu_seq_lens_k`, and
+    dynamic and static caches, of which padded ones are copied at each step. It is tested with
+    transformers 5.17 and 5.24.
 
     Args:
         name: what `attn_implementation` will call it, an identifier without "flash" in it, by which
@@ -84,6 +85,8 @@ def attend(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     *,
     impl: Impl = "auto",
     **rest: Any,
@@ -101,6 +104,8 @@ def attend(
         softcap: None alone is served.
         is_causal: see `module`; counts where attention_mask is None.
         s_aux: [HQ], sinks.
+        cu_seq_lens_q, cu_seq_lens_k: [N+1], offsets of the sequences packed into B=1; the same.
+            They go before `position_ids`. Default None.
         impl: as `kernels.attention` takes it.
         rest: refused, unless it is None, False or in `HEEDED`.
 
@@ -111,7 +116,8 @@ def attend(
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         attention_mask = Layout(bool(causal), sliding_window)
-    causal, window_size, cu_seqlens, lengths, rows = attention_mask
+    told = packed(attention_mask, cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2])
+    causal, window_size, cu_seqlens, lengths, rows = told
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if lengths is not None:
         if rows is not None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import readable
 from smollm.attention.padding import has_gap
 
 MaskFunction = Callable[..., Any]  # of batch, head, query and key
@@ -114,6 +115,46 @@ def layout(
         rows = (torch.arange(kv_length, device=device) + starts[:, None]) % kv_length
         lengths = lengths - starts
     return Layout(True, local_size, lengths=lengths.int(), rows=rows)
+
+
+def packed(
+    layout: Layout,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    q_length: int,
+    kv_length: int,
+) -> Layout:
+    """The layout of tokens of which the caller says where their sequences end.
+
+    This goes before what `position_ids` say, which some models keep from their masks.
+
+    Args:
+        layout: what is known of who sees whom otherwise.
+        cu_seq_lens_q, cu_seq_lens_k: [N+1], offsets of the sequences; the same, or both None.
+        q_length, kv_length: Tq and Tk.
+
+    Raises:
+        NotImplementedError: keys that are not the queries' own.
+    """
+    ends, others = cu_seq_lens_q, cu_seq_lens_k
+    if ends is None and others is None:
+        return layout
+    is_own = q_length == kv_length or layout.cu_seqlens is not None
+    if layout.lengths is not None or not is_own:
+        raise NotImplementedError(
+            "cu_seq_lens_q, cu_seq_lens_k: expected None where a cache holds tokens, got "
+            f"Tq={q_length}, Tk={kv_length}"
+        )
+    if ends is None or others is None or ends.shape != others.shape or _differ(ends, others):
+        raise NotImplementedError(
+            "cu_seq_lens_q, cu_seq_lens_k: expected the same offsets, got two that differ"
+        )
+    return layout._replace(cu_seqlens=ends.int())
+
+
+def _differ(x: Tensor, y: Tensor) -> bool:
+    """Whether they do, on CPU alone: reading them from a GPU would stall the stream."""
+    return readable(x) and readable(y) and not torch.equal(x, y)
 
 
 def _is_known(holds: Tensor) -> bool:

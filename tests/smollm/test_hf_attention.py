@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import smollm.hf  # noqa: E402
 from smollm.hf.attention import attend  # noqa: E402
+from smollm.hf.masks import Layout  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PAD, TOKENS, NEW = 0, 13, 5
@@ -211,7 +212,6 @@ def test_what_attention_itself_is_told():
         {"softcap": 50.0},
         {"position_bias": torch.zeros(1)},
         {"block_table": torch.zeros(1)},
-        {"cu_seq_lens_k": torch.zeros(1)},
         {"k_cache": torch.zeros(1)},
         {"head_mask": torch.zeros(1)},
         {"output_attentions": True},
@@ -228,6 +228,41 @@ def test_refused_arguments(refused):
         call(**refused)
     assert str(error.value) == expected
     call(**{name: None})
+
+
+def test_packed_by_offsets(pair):
+    """Sequences that the caller states, of models too that keep `position_ids` from their masks."""
+    lengths = [4, 1, 8]
+    ids = torch.randint(1, 64, (1, sum(lengths)))
+    ends = torch.tensor([0, 4, 5, 13])
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    stated = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": 8}
+    eager, ours = pair
+    with torch.no_grad():
+        expected = [eager(input_ids=own).logits for own in ids.split(lengths, dim=1)]
+        for use_cache in (False, True):
+            got = ours(input_ids=ids, position_ids=positions, use_cache=use_cache, **stated).logits
+            torch.testing.assert_close(got, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("others", [None, torch.tensor([0, 2, 3]), torch.tensor([0, 3])])
+def test_refused_offsets(others):
+    offsets = torch.tensor([0, 1, 3])
+    expected = "cu_seq_lens_q, cu_seq_lens_k: expected the same offsets, got two that differ"
+    with pytest.raises(NotImplementedError) as error:
+        call(cu_seq_lens_q=offsets, cu_seq_lens_k=others)
+    assert str(error.value) == expected
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q, cu_seq_lens_k: expected the sa"):
+        call(cu_seq_lens_q=others, cu_seq_lens_k=offsets)
+
+
+@pytest.mark.parametrize("told", [None, Layout(True, lengths=torch.tensor([3, 3]))])
+def test_offsets_beside_a_cache_are_refused(told):
+    offsets = torch.tensor([0, 1, 2])
+    query = torch.randn(2, 4, 3 if told else 2, 8)
+    expected = r"expected None where a cache holds tokens, got Tq=\d, Tk=3"
+    with pytest.raises(NotImplementedError, match=expected):
+        call(query=query, attention_mask=told, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
 
 
 def test_refused_dropout_and_masks():
