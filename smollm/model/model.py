@@ -261,9 +261,10 @@ class SmolLM(Generator):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def parameters_by_part(self) -> dict[str, int]:
-        """Parameters of the embedding, attention, MLP, norms and an untied head; they sum up."""
+        """Those of the embedding, attention, MLP, norms and an untied head; they sum up."""
         parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
-        for name, parameter in self.named_parameters():
+        trainable = ((n, p) for n, p in self.named_parameters() if p.requires_grad)
+        for name, parameter in trainable:
             if name.startswith("embed_tokens"):
                 part = "embedding"
             elif name.startswith("lm_head"):

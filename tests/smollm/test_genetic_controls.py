@@ -128,6 +128,7 @@ def test_the_controls_are_flags():
     for attention in other.attentions:
         assert not attention.gene_fitness and not attention.log_selection_pressure.requires_grad
     assert other.count_parameters() == model.count_parameters() - 2 * 6
+    assert sum(other.parameters_by_part().values()) == other.count_parameters()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
