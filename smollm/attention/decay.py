@@ -9,13 +9,15 @@ from smollm.attention.layers import Linear
 from smollm.attention.options import Decay
 
 ROW = "decay"  # of the cache
+FORGOTTEN = 104.0  # nats, by which an fp32 weight is 0
 
 
 class KeyDecay(nn.Module):
     """b_j, which a query's score of key j has added: the sum of the rates r up to j.
 
     Differences alone count, b_j - b_i = -(r_{j+1} + ... + r_i), so that a score falls by the rates
-    of the tokens between. They are summed in fp64 and keep the digits of fp32 at any length.
+    of the tokens between. They are summed in fp64 and keep the digits of fp32 at any length. A rate
+    counts for 104 at the most, which leaves no weight in fp32; those of a row may sum up to 2**24.
 
     Args:
         kind: whose rates, per token and head in nats: "alibi", 2^(-8 h / H) of head h = 1 ... H
@@ -56,7 +58,9 @@ class KeyDecay(nn.Module):
         Returns:
             fp64 [B, T, H].
         """
-        bias = self.rates(x).double().cumsum(dim=1)
+        # What is no number poisons those that see it, not all that comes behind it in the row.
+        rates = self.rates(x).nan_to_num(nan=0.0).clamp(max=FORGOTTEN)
+        bias = rates.double().cumsum(dim=1)
         if cache is not None and cache.decoding:
             bias = bias + cache.newest(ROW)[:, None]
         return bias

@@ -100,6 +100,17 @@ def test_decay_keeps_its_digits_far_from_the_start():
     torch.testing.assert_close(far - far[:, -1:], near - near[:, -1:], atol=1e-9, rtol=1e-12)
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_poison_in_a_sequence_reaches_no_other_one_behind_it(poison):
+    module = MultiHeadAttention(WIDTH, 6, decay="forget", is_causal=True)
+    x = torch.randn(1, 9, WIDTH)
+    poisoned = x.clone()
+    poisoned[:, 2:4] = poison
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    clean, out = (module(each, cu_seqlens=ends)[:, 4:] for each in (x, poisoned))
+    torch.testing.assert_close(out, clean)
+
+
 def test_learned_rates_have_no_weight_decay_and_their_gradient():
     model = build(MultiHeadAttention(WIDTH, 6, decay="forget"))
     ids = torch.randint(VOCAB, (2, 9))
