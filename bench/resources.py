@@ -12,31 +12,20 @@ Of the matrix loops of attention on sm_90 it prints the cycles, interior / maske
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from bench import candidates
-from bench.cycles import tile_cycles
-from bench.ptx import unfenced_products
+from bench.compiled import INSTRUCTIONS, MULTIPROCESSORS, Row, compiling
 from kernels.core import tiles
 from kernels.core.backward import launch_backward
 from kernels.core.decode import launch_decode
@@ -46,29 +35,7 @@ from kernels.core.gene_decode import launch_gene_decode
 from kernels.core.primitives import padded_width
 from kernels.core.problem import Genes, Problem, new_lse
 
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """Limits of one SM: shared memory in bytes, of a block and in all, and threads."""
-
-    block_shared: int
-    shared: int
-    threads: int
-
-
-REGISTERS, RESERVED_SHARED, MAX_CTAS = 65_536, 1024, 32
-MULTIPROCESSORS = {
-    80: Multiprocessor(163 << 10, 164 << 10, 2048),
-    90: Multiprocessor(227 << 10, 228 << 10, 2048),
-    100: Multiprocessor(227 << 10, 228 << 10, 2048),
-    120: Multiprocessor(99 << 10, 100 << 10, 1536),
-}
-INPUTS = ("g_ptr", "q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
-MOST_SPILLED = 64  # bytes of a thread; so few cost less than fewer programs or a smaller tile
 SHORT_WINDOW = tiles.SHORT // 2
-TIMED = "forward", "dq", "dkdv"  # kernels whose cycles are predicted
-SERIALISED = "(C7510)", "(C7511)", "(C7512)", "(C7515)"  # ptxas on wgmma
 Widths = tuple[tuple[int, int], ...]  # of keys and values, and of keys' rotary part
 
 
@@ -85,102 +52,6 @@ EVEN_WIDTHS: Widths = tuple((d, 0) for d in range(32, 257, 16))  # `even_rows` m
 EVERY_WIDTH: Widths = _each_shape(1, 256, rope=0)
 EVERY_MLA_WIDTH: Widths = (64, 64), (32, 64), (128, 32), (176, 64), (192, 64)
 EVERY_LATENT_WIDTH: Widths = _each_shape(257, 512, rope=64)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One compiled kernel."""
-
-    arch: int
-    kernel: str
-    dtype: str
-    width: str  # of keys, and of their rotary part
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    ctas_per_sm: int
-    instructions: dict[str, int]
-    warnings: tuple[str, ...]
-    cycles: tuple[int, int] | None = None  # predicted: 64 x 64 scores, interior and masked
-    unfenced: int = 0  # wgmma that read registers written behind their fence
-
-    @property
-    def faults(self) -> list[str]:
-        """Why this tile must not stand in the table."""
-        faults = []
-        if self.spill_bytes > MOST_SPILLED:
-            faults.append(f"spills {self.spill_bytes} bytes")
-        if any(code in line for line in self.warnings for code in SERIALISED):
-            faults.append("wgmma serialised")
-        if self.unfenced:
-            faults.append(f"{self.unfenced} wgmma unfenced")
-        if self.shared_bytes > MULTIPROCESSORS[self.arch].block_shared:
-            faults.append("too much shared memory")
-        if self.arch == 90 and self._suits_wgmma and not self.instructions["HGMMA"]:
-            faults.append("no wgmma")
-        return faults
-
-    @property
-    def _suits_wgmma(self) -> bool:
-        widths = [int(d) for d in self.width.split("+")]
-        columns = sum(map(padded_width, widths))
-        ragged = any(d < 32 or d % 16 for d in widths)
-        if self.dtype == "float32" or ragged or tiles.is_narrow(widths[0], columns):
-            return False  # the tile is a plain one
-        if self.kernel not in ("forward", "dq", "dq_excess", "dkdv"):
-            return False
-        # 64 keys, the fewest of a wgmma, have two accumulators that at 256 leave no register over.
-        return self.kernel in ("forward", "dq", "dq_excess") or (
-            self.kernel == "dkdv" and columns <= 128
-        )
-
-
-class _Target:
-    """Stands in for the CUDA driver where there is no GPU."""
-
-    def __init__(self, arch: int) -> None:
-        self._target = GPUTarget("cuda", arch, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-
-@contextlib.contextmanager
-def compiling(arch: int, only: str | None = None) -> Iterator[list[Row]]:
-    """Launches inside compile for `arch`, of one kernel or all, run nothing and leave rows."""
-    rows: list[Row] = []
-    run = JITFunction.run
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if only and self.__name__ != f"{only}_kernel":
-            return None
-        self.device_caches.clear()  # a kernel met before must compile again, to be heard of again
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        arguments = dict(zip(self.arg_names, args, strict=True))
-        rows.append(_row(arch, kernel, arguments, log.getvalue()))
-        return kernel
-
-    with (
-        triton.knobs.compilation.scope(),
-        triton.knobs.nvidia.scope(),
-        mock.patch.object(driver, "_active", _Target(arch)),
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(tiles, "architecture", lambda device: arch),
-    ):
-        triton.knobs.compilation.always_compile = True
-        triton.knobs.nvidia.dump_ptxas_log = True
-        yield rows
 
 
 def attention_rows(
@@ -326,53 +197,6 @@ def compiled_rows(
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
-    registers = re.search(r"Used (\d+) registers", log)
-    assert registers, f"ptxas said nothing of {kernel.metadata.name}: {log}"
-    sass = _disassemble(kernel.asm["cubin"])
-    metadata, rope = kernel.metadata, arguments.get("D_ROPE", 0)
-    width = arguments.get("D_QK") or arguments.get("D_V")
-    if width is None:
-        width = arguments["D_FIRST"] + arguments["D_SECOND"]
-    excess = "_excess" if arguments.get("HAS_EXCESS") else ""
-    row = Row(
-        arch=arch,
-        kernel=metadata.name.removesuffix("_kernel") + excess,
-        dtype=str(arguments[next(name for name in INPUTS if name in arguments)].dtype)[6:],
-        width=str(width) + (f"+{rope}" if rope else ""),
-        block_m=arguments.get("BLOCK_M", arguments.get("BLOCK", 0)),
-        block_n=arguments.get("BLOCK_N", 0),
-        num_warps=metadata.num_warps,
-        num_stages=metadata.num_stages,
-        registers=int(registers[1]),
-        spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
-        shared_bytes=metadata.shared,
-        ctas_per_sm=_ctas_per_sm(arch, int(registers[1]), metadata.num_warps, metadata.shared),
-        instructions={name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
-        warnings=tuple(line for line in log.splitlines() if "(C7" in line),
-        unfenced=unfenced_products(kernel.asm["ptx"]),
-    )
-    if arch != 90 or row.kernel not in TIMED or row.dtype == "float32" or arguments["IS_VARLEN"]:
-        return row
-    shape = row.block_m, row.block_n, row.num_warps, row.ctas_per_sm
-    return replace(row, cycles=tile_cycles(sass, *shape))
-
-
-def _ctas_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:
-    limits = MULTIPROCESSORS[arch]
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
-    by_shared = limits.shared // (shared + RESERVED_SHARED)
-    return min(by_registers, by_shared, limits.threads // (32 * warps), MAX_CTAS)
-
-
-def _disassemble(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def report(rows: Sequence[Row]) -> str:

@@ -21,7 +21,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import kernels
-from bench import resources
+from bench import compiled
 from kernels import checks
 from kernels.core import decode, tiles
 
@@ -63,7 +63,7 @@ def checking() -> Iterator[dict[tuple, str | None]]:
 
     with (
         triton.knobs.compilation.scope(),
-        mock.patch.object(driver, "_active", resources._Target(ARCH)),
+        mock.patch.object(driver, "_active", compiled.Target(ARCH)),
         mock.patch.object(JITFunction, "run", check),
         mock.patch.object(ASTSource, "make_ir", stop_behind),
         mock.patch.object(checks, "_interpreting", lambda: True),  # takes tensors of a CPU
