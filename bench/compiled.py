@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.cycles import tile_cycles
 from bench.ptx import unfenced_products
+from bench.sass import matrix_loops, parse
 from kernels.core import tiles
 from kernels.core.primitives import padded_width
 
@@ -40,7 +41,7 @@ MULTIPROCESSORS = {
 INPUTS = ("g_ptr", "q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
 MOST_SPILLED = 64  # bytes of a thread; so few cost less than fewer programs or a smaller tile
-TIMED = "forward", "dq", "dkdv"  # kernels whose cycles are predicted
+TIMED = "forward", "dq", "dq_excess", "dkdv"  # kernels whose cycles are predicted
 SERIALISED = "(C7510)", "(C7511)", "(C7512)", "(C7515)"  # ptxas on wgmma
 
 
@@ -64,12 +65,13 @@ class Row:
     warnings: tuple[str, ...]
     cycles: tuple[int, int] | None = None  # predicted: 64 x 64 scores, interior and masked
     unfenced: int = 0  # wgmma that read registers written behind their fence
+    loop_spills: int | None = None  # instructions that spill in the loops of products, if known
 
     @property
     def faults(self) -> list[str]:
         """Why this tile must not stand in the table."""
         faults = []
-        if self.spill_bytes > MOST_SPILLED:
+        if self.spill_bytes > MOST_SPILLED and self.loop_spills != 0:
             faults.append(f"spills {self.spill_bytes} bytes")
         if any(code in line for line in self.warnings for code in SERIALISED):
             faults.append("wgmma serialised")
@@ -169,7 +171,9 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
     if arch != 90 or row.kernel not in TIMED or row.dtype == "float32" or arguments["IS_VARLEN"]:
         return row
     shape = row.block_m, row.block_n, row.num_warps, row.ctas_per_sm
-    return replace(row, cycles=tile_cycles(sass, *shape))
+    loops = matrix_loops(parse(sass))
+    spills = sum(x.name in ("LDL", "STL") for body in loops for x in body)
+    return replace(row, cycles=tile_cycles(sass, *shape), loop_spills=spills)
 
 
 def _ctas_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:

@@ -1,11 +1,11 @@
 """What the compiler makes of every kernel at every tile of the table, with no GPU at hand.
 
-`python -m bench.resources [--arch 90] [--width 64 64+32] [--packed | --rank] [--json FILE]`
-compiles ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills
-much, has its matrix instructions serialised or their operands written behind the fence, needs more
-shared memory than the architecture has, or misses wgmma on sm_90. `--width every` takes every width
-of rows that the kernels of attention are launched with, those of decode and fitness by their padded
-widths; leave it running.
+`python -m bench.resources [--arch 90] [--width 64 64+32] [--packed | --biased | --rank]` compiles
+ahead of time, prints one row per kernel and tile, and exits with 1 when a tile spills much (on
+sm_90, in its loops of products), has its matrix instructions serialised or their operands written
+behind the fence, needs more shared memory than the architecture has, or misses wgmma on sm_90.
+`--width every` takes every width of rows that the kernels of attention are launched with, those of
+decode and fitness by their padded widths; leave it running.
 
 Of the matrix loops of attention on sm_90 it prints the cycles, interior / masked, that
 `bench.cycles` predicts; `--rank` orders by them the tiles of `bench.candidates`, faulty ones last.
@@ -55,36 +55,45 @@ EVERY_LATENT_WIDTH: Widths = _each_shape(257, 512, rope=64)
 
 
 def attention_rows(
-    arch: int, width: int, dtype: torch.dtype, rope: int = 0, packed: bool = False
+    arch: int,
+    width: int,
+    dtype: torch.dtype,
+    rope: int = 0,
+    packed: bool = False,
+    biased: bool = False,
 ) -> list[Row]:
     """Compile the attention core as its launchers do: 9 query heads over 3, or MLA's 9; a window.
 
     With rope, that many columns of queries and keys beside width are rotary; without, a second dq
     sums its excess for MGA, which takes the most registers, and packed sequences have sinks.
     """
-    problem = _problem(width, dtype, rope, packed)
+    problem = _problem(width, dtype, rope, packed, biased)
     without = problem._replace(sinks=None)  # which would make the first dq another second one
     with compiling(arch) as rows:
         o, lse = launch_forward(problem)
         short = tiles.HALF_PRECISION[arch].get("short_forward", {})
-        if dtype != torch.float32 and padded_width(width) + rope <= max(short, default=0):
+        one_tile = biased or dtype == torch.float32  # whatever the window
+        if not one_tile and padded_width(width) + rope <= max(short, default=0):
             launch_forward(problem._replace(window_size=SHORT_WINDOW))
         launch_backward(without, o, lse, o, lse, with_excess=False)
-    if not rope:
+    if not rope and not biased:  # whose dq has summed it already
         with compiling(arch, "dq") as more:
             launch_backward(without, o, lse, o, lse, with_excess=True)
         rows += more
     return rows
 
 
-def _problem(width: int, dtype: torch.dtype, rope: int, packed: bool = False) -> Problem:
+def _problem(
+    width: int, dtype: torch.dtype, rope: int, packed: bool = False, biased: bool = False
+) -> Problem:
     heads, scale = 9 if rope else 3, (width + rope) ** -0.5
     q, k, v = (_meta(1, 4096, h, width, dtype=dtype) for h in (9, heads, heads))
     q_rope = _meta(1, 4096, 9, rope, dtype=dtype) if rope else None
     k_rope = _meta(1, 4096, rope, dtype=dtype) if rope else None
     sinks = _meta(9, dtype=torch.float32) if packed and not rope else None
     offsets = _meta(5, dtype=torch.int32) if packed else None
-    return Problem(q, k, v, q_rope, k_rope, sinks, None, offsets, scale, window_size=1024)
+    bias = _meta(1, 4096, 9, dtype=torch.float64) if biased else None  # as decay makes it
+    return Problem(q, k, v, q_rope, k_rope, sinks, bias, offsets, scale, window_size=1024)
 
 
 def ranked_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> dict[str, list[Row]]:
@@ -132,7 +141,9 @@ def _direction_rows(arch: int, direction: tiles.Direction, problem: Problem) -> 
     return rows
 
 
-def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> list[Row]:
+def decode_rows(
+    arch: int, width: int, dtype: torch.dtype, rope: int = 0, biased: bool = False
+) -> list[Row]:
     """Compile the decode kernels: 9 query heads over 3, or with rope over one latent of width.
 
     For one new token, for a few and for many, whose tiles have more rows.
@@ -141,11 +152,12 @@ def decode_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> lis
     k = _meta(8, 4096, 1 if rope else 3, width, dtype=dtype)
     v = None if rope else k
     k_rope = _meta(8, 4096, rope, dtype=dtype) if rope else None
+    bias = _meta(8, 4096, 9, dtype=torch.float64) if biased else None
     with compiling(arch) as rows:
         for q_tokens in (1, 2 if rope else 8, 64):
             q = _meta(8, q_tokens, 9, width, dtype=dtype)
             q_rope = _meta(8, q_tokens, 9, rope, dtype=dtype) if rope else None
-            launch_decode(q, k, v, q_rope, k_rope, lengths, None, None, None, width**-0.5)
+            launch_decode(q, k, v, q_rope, k_rope, lengths, None, bias, None, width**-0.5)
     return rows
 
 
@@ -181,15 +193,23 @@ def gene_decode_rows(arch: int, width: int, dtype: torch.dtype) -> list[Row]:
 
 
 def compiled_rows(
-    arch: int, dtype: torch.dtype, width: int, rope: int, packed: bool = False
+    arch: int,
+    dtype: torch.dtype,
+    width: int,
+    rope: int,
+    packed: bool = False,
+    biased: bool = False,
 ) -> list[Row]:
-    """The rows of every kernel that serves these widths; decode's sequences are never packed."""
+    """The rows of every kernel that serves these widths.
+
+    Decode's sequences are never packed, and genes have no bias.
+    """
     rows, shape = [], (width, rope)
     if shape in EVEN_WIDTHS + MLA_WIDTHS + EVERY_MLA_WIDTH:
-        rows += attention_rows(arch, width, dtype, rope, packed)
+        rows += attention_rows(arch, width, dtype, rope, packed, biased)
     if shape in EVERY_WIDTH + LATENT_WIDTHS + EVERY_LATENT_WIDTH and not packed:
-        rows += decode_rows(arch, width, dtype, rope)
-    if shape in EVERY_WIDTH:
+        rows += decode_rows(arch, width, dtype, rope, biased)
+    if shape in EVERY_WIDTH and not biased:
         rows += fitness_rows(arch, width, dtype, packed)
         rows += [] if packed else gene_decode_rows(arch, width, dtype)
     return rows
@@ -246,8 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
     parser.add_argument("--width", nargs="+", choices=[*every, "every"], default=list(models))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--packed", action="store_true", help="the launches of packed sequences")
-    parser.add_argument("--rank", action="store_true", help="candidate tiles, and nothing else")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--packed", action="store_true", help="the launches of packed sequences")
+    instead.add_argument("--biased", action="store_true", help="those with a bias of keys")
+    instead.add_argument("--rank", action="store_true", help="candidate tiles, and nothing else")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--summary", type=Path, help="and here a line each width")
     arguments = parser.parse_args(argv)
@@ -259,7 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arch in arguments.arch
         for dtype in arguments.dtype
         for name in names
-        for row in compiled_rows(arch, getattr(torch, dtype), *every[name], arguments.packed)
+        for row in compiled_rows(
+            arch, getattr(torch, dtype), *every[name], arguments.packed, arguments.biased
+        )
     ]
     faulty = sum(bool(row.faults) for row in rows)
     print(f"{report(rows)}\n{len(rows)} kernels, {faulty} with faults")

@@ -14,8 +14,12 @@ from kernels.core.problem import padded_width
 
 SHORT = 512  # keys of a window below which `short_forward` is faster
 FEW = 16  # rows of a key head, tokens times query heads, up to which decode takes `short_decode`
-Direction = Literal["forward", "short_forward", "dq", "dkdv", "decode", "short_decode", "fitness"]
+Direction = Literal[
+    "forward", "short_forward", "biased_forward", "dq", "biased_dq", "dkdv",
+    "decode", "short_decode", "fitness",
+]  # fmt: skip
 SHORTER: dict[Direction, Direction] = {"forward": "short_forward", "decode": "short_decode"}
+BIASED: dict[Direction, Direction] = {"forward": "biased_forward", "dq": "biased_dq"}
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,15 @@ HALF_PRECISION: dict[int, Table] = {  # by architecture
             256: Tile(128, 32, 8, 3),
         },
         "short_forward": {64: Tile(64, 64, 4, 3, 128)},
+        # The biases of a tile's keys take registers of their own.
+        "biased_forward": {64: Tile(64, 32, 4, 3, 128), 96: Tile(128, 32, 8, 3, 128)},
         "dq": {
             64: Tile(128, 64, 8, 3, 128),
             128: Tile(128, 32, 8, 3, 128),
             192: Tile(128, 32, 8, 3),
             256: Tile(128, 32, 8, 3),
         },
+        "biased_dq": {64: Tile(64, 64, 4, 3, 168)},
         "dkdv": {
             64: Tile(64, 64, 4, 3),
             96: Tile(32, 64, 4, 3),
@@ -199,12 +206,14 @@ class Width(NamedTuple):
     columns: int  # padded
     plain: bool  # whether only `PLAIN` has one
     short: bool = False  # whether each meets fewer than `SHORT` others; of decode, whether few do
+    biased: bool = False  # whether a bias joins each score
 
 
 def tile_width(arguments: dict[str, Any]) -> Width:
     """That of the rows that an attention kernel meets, all of them even."""
     short = arguments["behind"] + arguments["ahead"] < SHORT
-    return row_width(arguments["D_QK"], arguments["D_ROPE"], arguments["D_V"], False, short)
+    width = row_width(arguments["D_QK"], arguments["D_ROPE"], arguments["D_V"], False, short)
+    return width._replace(biased=True) if arguments["BIAS_PARTS"] else width
 
 
 @cache
@@ -235,7 +244,8 @@ def listed(direction: Direction, arch: int | None, width: Width, triton_version:
     """The tile in the table of an architecture, or without one in `PLAIN`."""
     version = ".".join(triton_version.split(".")[:2])
     tables = PLAIN if arch is None else HALF_PRECISION[arch], BY_TRITON.get((version, arch), {})
-    names = (direction, SHORTER.get(direction, direction)) if width.short else (direction,)
+    kinds = SHORTER if width.short else {}, BIASED if width.biased else {}
+    names = [direction, *(kind[direction] for kind in kinds if direction in kind)]
     serving: dict[int, Tile] = {}
     for name, table in product(names, tables):  # the last one wins
         serving |= table.get(name, {})

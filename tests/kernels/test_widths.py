@@ -1,6 +1,7 @@
 """Every width that the public ops accept has a tile; the others are refused by name."""
 
 import contextlib
+import itertools
 import re
 from functools import cache
 
@@ -44,10 +45,31 @@ def test_every_accepted_width_has_a_tile(arch, monkeypatch):
         for dtype in DTYPES:
             q = torch.empty(1, dtype=dtype, device="meta")
             for width in columns:
-                for plain in (False, True):
-                    for short in (False, True):
-                        tile = tiles.choose(direction, q, tiles.Width(width, plain, short))
-                        assert tile.block_m >= 16, (direction, dtype, width)
+                for kind in itertools.product((False, True), repeat=3):
+                    tile = tiles.choose(direction, q, tiles.Width(width, *kind))
+                    assert tile.block_m >= 16, (direction, dtype, width, kind)
+
+
+def test_a_bias_takes_tiles_of_its_own(monkeypatch):
+    """The same whatever the window; where the table has none, those of launches without."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    q, bias = (
+        torch.empty(1, 4, n, 64, dtype=t, device="meta")
+        for n, t in ((2, torch.bfloat16), (2, torch.float64))
+    )
+    plain = Problem(q, q, q, scale=1.0)
+    biased = plain._replace(key_bias=bias[..., 0])
+    short = biased._replace(window_size=5)
+    table = tiles.HALF_PRECISION[90]
+    for problem, direction, expected in (
+        (plain, "forward", table["forward"][96]),
+        (biased, "forward", table["biased_forward"][64]),
+        (short, "forward", table["biased_forward"][64]),
+        (biased, "dq", table["biased_dq"][64]),
+        (biased, "dkdv", table["dkdv"][64]),
+    ):
+        width = tiles.tile_width(problem.kernel_arguments)
+        assert tiles.choose(direction, q, width) == expected
 
 
 def test_a_version_of_triton_takes_tiles_of_its_own(monkeypatch):
