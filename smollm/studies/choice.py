@@ -20,7 +20,7 @@ class Choice:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Weights that a study saved, or a study's folder."""
     variant: str | None = None
-    """Which run, where the folder has several."""
+    """Which run, where the folder has several: its name, or its variant's if that has one run."""
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:

@@ -14,7 +14,7 @@ from pathlib import Path
 from smollm.data.tokenizer import TOKENIZER_FILE
 from smollm.files import locked
 from smollm.studies.plan_file import PLAN
-from smollm.studies.variants import RUN, of_mechanisms
+from smollm.studies.variants import of_mechanisms, variant_of
 from smollm.training.record import Run, checkpoint_folder, log_file, model_file
 from smollm.training.state import checkpoint_files
 
@@ -100,7 +100,7 @@ def trained(folder: Path) -> list[str]:
         checkpoints = checkpoint_files(folder / checkpoint_folder(name))
         return bool(checkpoints) or (folder / model_file(name)).is_file()
 
-    return sorted(name for name in names if RUN.fullmatch(name) and has_weights(name))
+    return sorted(name for name in names if variant_of(name) and has_weights(name))
 
 
 def clear(folder: Path) -> None:
@@ -141,8 +141,8 @@ def _variants(folder: Path) -> set[str]:
 
 def _is_ours(name: str, variants: set[str]) -> bool:
     """Whether a run's name is of one of the variants, or named after mechanisms."""
-    run = RUN.fullmatch(name)
-    return run is not None and (run["variant"] in variants or of_mechanisms(run["variant"]))
+    variant = variant_of(name)
+    return variant is not None and (variant in variants or of_mechanisms(variant))
 
 
 def _run_files(folder: Path, name: str) -> list[Path]:

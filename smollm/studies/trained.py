@@ -12,6 +12,7 @@ from smollm.model.build import build_model
 from smollm.model.checkpoint import read_model
 from smollm.model.config import ModelConfig
 from smollm.studies.folder import TOKENIZER, trained
+from smollm.studies.variants import variant_of
 from smollm.training.config import TrainConfig
 from smollm.training.parallel import find_device
 from smollm.training.record import checkpoint_folder, model_file
@@ -46,7 +47,8 @@ def open_run(path: Path, variant: str | None, device: str) -> TrainedRun:
 
     Args:
         path: of weights that a study saved, or of a study's folder.
-        variant: the run's name; only for a folder, which may have one run alone instead.
+        variant: the run's name, or its variant's if that has no other; only for a folder, which
+            may have one run alone instead.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -82,13 +84,14 @@ def _choose(folder: Path, variant: str | None) -> str:
             f"run: expected weights or a study's folder, with --variant where it has several runs, "
             f"got {folder} with none in it"
         )
-    if variant is None and len(names) == 1:
-        return names[0]
-    if variant not in names:
+    if variant in names:
+        return variant
+    found = [name for name in names if variant in (None, variant_of(name))]
+    if len(found) != 1:
         raise ValueError(
             f"variant: expected one of {', '.join(names)} in {folder}, got {variant or 'none'}"
         )
-    return variant
+    return found[0]
 
 
 def _newest(folder: Path, name: str, tokenizer: Tokenizer) -> TrainedRun:

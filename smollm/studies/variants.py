@@ -16,6 +16,12 @@ GRID = "grid"  # the table beside those of variants
 KEYS = FIELDS | {field.name for field in fields(Config)} | {GRID}  # of a study's file
 
 
+def variant_of(run: str) -> str | None:
+    """The variant in a run's name, or None of what is no run's name."""
+    found = RUN.fullmatch(run)
+    return None if found is None else found["variant"]
+
+
 def check_variants(config: Config) -> None:
     """Refuse variants that cannot be told apart, or have no name for files.
 

@@ -247,6 +247,18 @@ def test_what_has_taken_more_steps_counts(stopped):
         assert open_run(stopped, "mha", "cpu").path == expected
 
 
+def test_a_variants_only_run_goes_by_its_name(folder, tmp_path):
+    runs = shutil.copytree(folder, tmp_path / "study")
+    for name, new in (("gqa", "gqa-seed=1"), ("mga", "mga-lr=2e-3-seed=1")):
+        (runs / f"{name}_model.pt").rename(runs / f"{new}_model.pt")
+    assert open_run(runs, "gqa", "cpu").path == runs / "gqa-seed=1_model.pt"
+    assert open_run(runs, "mga", "cpu").path == runs / "mga-lr=2e-3-seed=1_model.pt"
+    shutil.copy(runs / "gqa-seed=1_model.pt", runs / "gqa-seed=2_model.pt")
+    with pytest.raises(ValueError, match="variant: expected one of gqa-seed=1, gqa-seed=2, mga-lr"):
+        open_run(runs, "gqa", "cpu")
+    assert open_run(runs, "gqa-seed=2", "cpu").path == runs / "gqa-seed=2_model.pt"
+
+
 REFUSALS = [
     (["sample", "{0}"], "variant: expected one of gqa, mga in {0}, got none"),
     (["evaluate", "{0}", "--variant=mha"], "variant: expected one of gqa, mga in {0}, got mha"),
