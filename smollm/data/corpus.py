@@ -7,6 +7,7 @@ import shlex
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Corpus:
                 f"val_tokens {found}, got {said}; {_prepare_again(folder)}"
             )
 
-    @property
+    @cached_property
     def token_bytes(self) -> Tensor:
         """Bytes of text that each token stands for, int64 [vocab_size]; 0 for special tokens."""
         return torch.tensor([len(text) for text in spellings(self.tokenizer)], dtype=torch.int64)

@@ -1,9 +1,12 @@
 import os
 import signal
+from types import SimpleNamespace
 
 import datasets
 import pytest
 from study_cases import blank_plots
+
+from smollm.training import metrics
 
 
 @pytest.fixture(autouse=True)
@@ -11,6 +14,12 @@ def _blank_plots(request, monkeypatch):
     """But where it is them that are tested."""
     if request.module.__name__ != "test_report":
         blank_plots(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _uncollected(monkeypatch):
+    """No run collects garbage before it is measured, which takes longer than a tiny one."""
+    monkeypatch.setattr(metrics, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 @pytest.fixture(scope="session")
