@@ -17,6 +17,7 @@ from smollm.training.record import Run
 
 FLAGS = [
     "--steps=7", "--save-every=2", "--log-every=2", "--val-every=3", "--dropout=0.1",
+    "--contexts", "8",
 ]  # fmt: skip
 TIMES = {"tokens_per_second", "generation_tokens_per_second", "seconds", "timed_steps", "mfu",
          "timed_seconds", "train_seconds", "loader_seconds", "first_step_seconds",
@@ -24,11 +25,12 @@ TIMES = {"tokens_per_second", "generation_tokens_per_second", "seconds", "timed_
 
 # Each attempt is a fork of one process that has imported everything and computed nothing.
 HARNESS = """
-import importlib, json, os, signal, sys
+import gc, importlib, json, os, signal, sys
 
 import torch._dynamo  # what optimizers import
 from smollm.studies import commands, report, study
 
+gc.freeze()  # each run collects garbage
 report.write_report = lambda *_: None  # a second of plots each
 
 
@@ -59,13 +61,11 @@ for argv, *where in [(stopped[0], *kills[0]), *((stopped[1], *kill) for kill in 
     assert killed_at(argv, *where) == signal.SIGKILL, where
 assert killed_at(stopped[1], "smollm.training.trainer", "seed_step", -1) == 0
 """
-IN_EVERY_RUN = [  # (module, function, call): where each attempt ends
-    ("smollm.training.trainer", "seed_step", 5),  # of the run before one step was left
-    ("torch", "save", 1),
-]
-KILLS = [
+KILLS = [  # (module, function, call): where each attempt ends
     ("smollm.training.trainer", "seed_step", 2),  # no checkpoint yet
-    *IN_EVERY_RUN * len(MECHANISMS),
+    ("smollm.training.trainer", "seed_step", 5),
+    ("torch", "save", 1),  # whatever the mechanism, a file is a file
+    *[("smollm.training.trainer", "seed_step", 5)] * (len(MECHANISMS) - 1),  # of the next run
     ("smollm.training.metrics", "evaluate", 1),
     ("smollm.training.trainer", "accumulate_gradients", 1),
     ("smollm.training.metrics", "generation", 1),

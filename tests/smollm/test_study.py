@@ -334,6 +334,7 @@ def test_every_command_of_the_guide_runs(command, data_dir, tmp_path, monkeypatc
         "seq_len": 16,
         "val_tokens": 16,
         "generate_tokens": 1,
+        "contexts": (8,),
         "data_dir": data_dir,
     }
     config = dataclasses.replace(
