@@ -20,9 +20,13 @@ TINY = [
     "--batch-size=2", "--steps=6", "--warmup-steps=2", "--log-every=2", "--val-every=3",
     "--val-tokens=128", "--generate-tokens=4", "--latent-dim=16", "--contexts", "8", "16",
 ]  # fmt: skip
-WITH_CTRL_C = (  # where this process was started to ignore it, its children are too
-    "import runpy, signal, sys\n"
+PLOTS = "plot_loss", "plot_bars", "plot_trade_offs", "plot_rates"
+# Where this process was started to ignore Ctrl-C, its children are too; they draw nothing.
+WITH_CTRL_C = (
+    "import runpy, signal, sys, types\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "plots = sys.modules['smollm.studies.plots'] = types.ModuleType('plots')\n"
+    f"for name in {PLOTS}: setattr(plots, name, lambda path, _: path.write_bytes(b'PNG'))\n"
     "del sys.argv[0]\n"
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
@@ -40,7 +44,7 @@ def run(flags, data_dir, output_dir, capture=None):
 
 def blank_plots(monkeypatch):
     """Draw nothing, which takes longer than a tiny study."""
-    for name in ("plot_loss", "plot_bars", "plot_trade_offs", "plot_rates"):
+    for name in PLOTS:
         monkeypatch.setattr(plots, name, lambda path, _: path.write_bytes(b"\x89PNG"))
 
 
