@@ -33,7 +33,7 @@ def hasten() -> None:
     """Spare each of its calls what it does over and over.
 
     It patches triton.language for each module of jit helpers, not at each of their calls, looks up
-    types once, and checks no integer for overflow unless it is told to.
+    types once, and checks no array's size, and no integer for overflow unless it is told to.
     """
     patched: set[str] = set()
     types: dict[str, np.dtype] = {}
@@ -58,6 +58,7 @@ def hasten() -> None:
     interpreter._patch_lang_tensor = patch_index
     interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = known_type_of
+    TensorHandle.__post_init__ = lambda self: None
     _remember_shapes()
     check_overflow(False)
 
@@ -178,7 +179,7 @@ def create_make_range(self, ret_ty, start, stop):
 def create_splat(self, ret_ty, arg):
     data = arg.data.astype(interpreter._get_np_dtype(arg.dtype), copy=False)
     data = data.reshape(-1, *(1,) * len(ret_ty.shape))
-    return TensorHandle(np.broadcast_to(data, (len(data), *ret_ty.shape)), arg.dtype.scalar)
+    return TensorHandle(_broadcast(data, (len(data), *ret_ty.shape)), arg.dtype.scalar)
 
 
 def create_unsplat(self, arg):
@@ -190,7 +191,18 @@ def create_expand_dims(self, arg, axis):
 
 
 def create_broadcast(self, arg, shape):
-    return TensorHandle(np.broadcast_to(arg.data, (len(arg.data), *shape)), arg.dtype.scalar)
+    return TensorHandle(_broadcast(arg.data, (len(arg.data), *shape)), arg.dtype.scalar)
+
+
+def _broadcast(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """np.broadcast_to, which takes longer than to add what it returns."""
+    if not data.flags.c_contiguous:
+        return np.broadcast_to(data, shape)
+    strides = [
+        0 if here < there else stride
+        for here, there, stride in zip(data.shape, shape, data.strides, strict=True)
+    ]
+    return np.ndarray(shape, data.dtype, data, strides=strides)
 
 
 def create_reshape(self, arg, shape, allow_reorder):
