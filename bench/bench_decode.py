@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kernels
 from bench.costs import cache_bytes
-from bench.timing import clock, flush_l2
+from bench.timing import WARM_UP, clock, flush_l2
 from tests.cases import DecodeCase
 
 GPU = torch.cuda.is_available()
@@ -103,4 +103,4 @@ def test_decode(benchmark: Any, case: DecodeCase, name: str) -> None:
     benchmark.extra_info.update(
         case=case.name, direction="decode", system=name, unit="GB/s", work=moved / 1e9
     )
-    benchmark.pedantic(call, setup=flush_l2, rounds=ROUNDS, warmup_rounds=3)
+    benchmark.pedantic(call, setup=flush_l2, rounds=ROUNDS, warmup_rounds=WARM_UP)

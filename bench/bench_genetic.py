@@ -19,7 +19,7 @@ from torch import Tensor
 import kernels
 from bench.costs import fitness_bytes, flops
 from bench.systems import SYSTEMS
-from bench.timing import clock, flush_l2, time_training
+from bench.timing import WARM_UP, clock, flush_l2, time_training
 from kernels.core.problem import Genes
 from tests.cases import GeneticCase
 
@@ -151,4 +151,4 @@ def test_fitness(benchmark: Any, case: GeneticCase, direction: str, name: str) -
     benchmark.extra_info.update(
         case=f"{case.name} fitness", direction=direction, system=name, unit="GB/s", work=moved / 1e9
     )
-    benchmark.pedantic(call, setup=flush_l2, rounds=ROUNDS, warmup_rounds=3)
+    benchmark.pedantic(call, setup=flush_l2, rounds=ROUNDS, warmup_rounds=WARM_UP)

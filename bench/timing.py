@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WARM_UP = 3 if torch.cuda.is_available() else 0  # rounds that are not timed
 FLUSHED_BYTES = 1 << 30  # past any L2, and long enough on its way to hide the next launch
 
 
@@ -82,7 +83,7 @@ def time_training(
     benchmark.group = f"{about['case']} {direction}"
     benchmark.extra_info.update(about, direction=direction)
     call = training_call(attend, leaves, do, direction)
-    benchmark.pedantic(call, setup=flush_l2, rounds=rounds, warmup_rounds=3)
+    benchmark.pedantic(call, setup=flush_l2, rounds=rounds, warmup_rounds=WARM_UP)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -408,20 +408,18 @@ def test_too_few_documents_to_hold_some_out(tokenizer_file, tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_command_line(parquet, tokenizer_file, tmp_path):
-    def run(*flags):
-        command = [sys.executable, "-m", "smollm.data", "--root", str(tmp_path), *flags]
-        return subprocess.run(command, capture_output=True, text=True)
-
+def test_command_line(parquet, tokenizer_file, tmp_path, capsys):
+    root = ["--root", str(tmp_path)]
     files = ["--data-files", *map(str, parquet), "--tokenizer", tokenizer_file]
-    done = run("--corpus", "mine", *files)
-    assert done.returncode == 0, done.stderr
+    assert main([*root, "--corpus", "mine", *files]) == 0
+    said = capsys.readouterr()
     assert re.fullmatch(
         r".*mine: [\d,]+ training and [\d,]+ validation tokens of 1,200 documents, sha256 \w{12}\n",
-        done.stdout,
+        said.out,
     )
-    assert done.stderr == ""
-    failed = run("--corpus", "builtin2")
+    assert said.err == ""
+    command = [sys.executable, "-m", "smollm.data", *root, "--corpus", "builtin2"]
+    failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.startswith("smollm.data: corpus: expected one of")
     assert failed.stderr.count("\n") == 1
