@@ -63,13 +63,13 @@ def test_flops_are_two_products_forward_and_five_backward():
 COMPILE = """
 import json, pathlib, sys, torch
 from dataclasses import asdict
-from bench import resources
+from bench import compiled, resources
 
 file, multiplying = sys.argv[1], [f"{name}_kernel\\0".encode() for name in sys.argv[2:]]
 flags = ["--arch", "90", "--width", "64", "--dtype", "bfloat16", "--json"]
 shape = 64, torch.bfloat16
-disassemble = resources._disassemble
-resources._disassemble = lambda cubin: (
+disassemble = compiled._disassemble
+compiled._disassemble = lambda cubin: (
     disassemble(cubin) if any(b"\\0" + name in cubin for name in multiplying) else ""
 )
 assert resources.main([*flags, file]) == 0
@@ -80,6 +80,7 @@ more = {
         *resources._direction_rows(90, "forward", resources._problem(*shape, 0, packed=True)),
         *resources.fitness_rows(90, *shape, packed=True),
     ],
+    "biased": resources._direction_rows(90, "dq", resources._problem(*shape, 0, biased=True)),
 }
 found |= {k: [asdict(row) | {"faults": row.faults} for row in rows] for k, rows in more.items()}
 pathlib.Path(file).write_text(json.dumps(found))
@@ -115,6 +116,7 @@ def test_the_smollm_shape_compiles_within_its_registers(arch, compiled):
             (586, 584, "forward", 64),
             (445, 513, "dq", 128),
             (801, 976, "dkdv", 64),
+            (594, 735, "dq_excess", 128),
         ]
     for row in rows:
         assert row["spill_bytes"] == 0 or not triton.__version__.startswith("3.7.")
@@ -125,6 +127,14 @@ def test_the_smollm_shape_compiles_within_its_registers(arch, compiled):
             used = {name for name, count in row["instructions"].items() if count}
             assert "LDGSTS" in used or row["num_stages"] == 1
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
+
+
+def test_biased_launches_compile(compiled):
+    """In tiles of their own, whose keys' biases take registers."""
+    (row,) = compiled["biased"]
+    assert row["kernel"] == "dq_excess" and not row["faults"]
+    tile = tiles.HALF_PRECISION[90]["biased_dq"][64]
+    assert (row["block_m"], row["block_n"]) == (tile.block_m, tile.block_n)
 
 
 def test_packed_launches_compile(compiled):
