@@ -103,6 +103,9 @@ ATTENTION_CASES = [
     AttentionCase("scale", q_tokens=65, scale=0.3),
     AttentionCase("bias", q_tokens=140, q_heads=6, k_heads=2, width=16, bias=0.0),
     AttentionCase("bias-late", batch=2, q_tokens=65, window_size=40, bias=131_072.0),
+    # The last tiles that these bring to a GPU's shared memory lie where its results pass.
+    AttentionCase("bias-one-head", q_tokens=40, q_heads=1, bias=0.0),
+    AttentionCase("bias-late-one-head", q_tokens=80, q_heads=1, window_size=79, bias=131_072.0),
     AttentionCase("bias-packed", q_tokens=150, lengths=(70, 1, 0, 79), bias=0.0),
     AttentionCase("bias-fewer-queries", q_tokens=33, k_tokens=130, window_size=40, bias=0.0),
     AttentionCase("bias-rows-without-keys", q_tokens=80, k_tokens=30, bias=0.0),
