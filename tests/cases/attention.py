@@ -88,6 +88,7 @@ ATTENTION_CASES = [
     AttentionCase("fewer-queries-window", q_tokens=33, k_tokens=130, window_size=40),
     AttentionCase("one-query", q_tokens=1, k_tokens=100),
     AttentionCase("rows-without-keys", q_tokens=80, k_tokens=30),
+    AttentionCase("tiles-without-queries", q_tokens=70, k_tokens=200, q_heads=1, window_size=30),
     AttentionCase("rows-without-keys-window", q_tokens=80, k_tokens=30, window_size=4),
     AttentionCase("bidirectional", q_tokens=65, causal=False),
     AttentionCase("bidirectional-cross", q_tokens=65, k_tokens=40, causal=False),
