@@ -82,7 +82,7 @@ ATTENTION_CASES = [
     AttentionCase("value-heads-8-4-2", q_heads=8, k_heads=4, v_heads=2, q_tokens=40),
     AttentionCase("packed", q_tokens=150, lengths=(70, 1, 16, 63)),
     AttentionCase("packed-window", q_tokens=150, lengths=(70, 1, 0, 79), window_size=20),
-    AttentionCase("packed-bidirectional", q_tokens=150, lengths=(70, 1, 79), causal=False),
+    AttentionCase("packed-bidirectional", q_tokens=150, lengths=(56, 56, 1, 37), causal=False),
     AttentionCase("packed-one", q_tokens=65, lengths=(65,)),
     AttentionCase("fewer-queries", q_tokens=33, k_tokens=130),
     AttentionCase("fewer-queries-window", q_tokens=33, k_tokens=130, window_size=40),
