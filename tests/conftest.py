@@ -10,7 +10,9 @@ if not torch.cuda.is_available():  # read when a kernel is defined, so before an
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if not torch.cuda.is_available():
         from tests import interpreter
 

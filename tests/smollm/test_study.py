@@ -313,6 +313,11 @@ GUIDE = re.findall(
 )
 
 
+FIRST = {  # of commands that differ in numbers alone
+    re.sub(r"--output-dir .*|\d+", "", command): command for command in reversed(GUIDE)
+}.values()
+
+
 def test_the_guide_covers_the_study():
     text = "\n".join(GUIDE)
     for flag in ("norm-strategy sandwich", "qk-norm rms", "window-size 1024", "num-kv-heads 1",
@@ -324,11 +329,14 @@ def test_the_guide_covers_the_study():
 
 @pytest.mark.parametrize("command", GUIDE, ids=[line.split("/")[-1] for line in GUIDE])
 def test_every_command_of_the_guide_runs(command, data_dir, tmp_path, monkeypatch):
+    """Or is one of those that differ in numbers alone from one that runs, and is accepted."""
     monkeypatch.setattr(report, "write_report", lambda *_: None)  # its plots take longer
     flags = shlex.split(command)
     for preset in ("ablation", "cpu"):
         config = plan.parse([f"--preset={preset}", *flags])
         plan.check(config)
+    if command not in FIRST:
+        return
     short = {
         "steps": 1,
         "seq_len": 16,
