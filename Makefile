@@ -12,8 +12,8 @@ lint:  ## ruff and mypy
 	ruff format --check .
 	mypy
 
-test:  ## the whole suite, CPU only
-	pytest
+test:  ## the whole suite, CPU only, with what `pytest` alone leaves out
+	pytest -m "slow or not slow"
 
 matrix:  ## the suite and the resource report at each PyTorch and Triton, installed for the while
 	python tests/matrix.py

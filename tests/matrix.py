@@ -46,7 +46,7 @@ def check(torch: str, triton: str, copy: Path, environment: Path) -> tuple[bool,
         done, said = run(*command, cwd=copy)
         if not done:
             return False, (torch, triton, f"not installed: {said}", "", "")
-    tested, tests = run(python, "-m", "pytest", cwd=copy)
+    tested, tests = run(python, "-m", "pytest", "-m", "slow or not slow", cwd=copy)
     report = python, "-m", "bench.resources", "--width", "64"
     compiled, kernels = run(*report, cwd=copy)
     also, packed = run(*report, "--packed", "--arch", "90", "--dtype", "bfloat16", cwd=copy)

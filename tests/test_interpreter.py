@@ -55,6 +55,7 @@ def results():
     return found
 
 
+@pytest.mark.slow
 def test_programs_at_once_give_the_bits_of_one_by_one(tmp_path):
     file = tmp_path / "results.pt"
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}

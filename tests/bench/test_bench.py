@@ -97,6 +97,7 @@ def compiled(tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100])
 def test_the_smollm_shape_compiles_within_its_registers(arch, compiled):
     """With no faults, and on Hopper wgmma, not serialised.
@@ -129,6 +130,7 @@ def test_the_smollm_shape_compiles_within_its_registers(arch, compiled):
             assert "HGMMA" in used if wgmma else used & {"HMMA", "UTCHMMA"}
 
 
+@pytest.mark.slow
 def test_biased_launches_compile(compiled):
     """In tiles of their own, whose keys' biases take registers."""
     (row,) = compiled["biased"]
@@ -137,6 +139,7 @@ def test_biased_launches_compile(compiled):
     assert (row["block_m"], row["block_n"]) == (tile.block_m, tile.block_n)
 
 
+@pytest.mark.slow
 def test_packed_launches_compile(compiled):
     """Sinks, and fitness without selection, take branches that the report's others do not."""
     rows = compiled["packed"]
@@ -243,6 +246,7 @@ def test_products_whose_operands_are_written_behind_the_fence_are_counted():
     assert unfenced_products("\n".join((fence, written, shared, fence, product))) == 0
 
 
+@pytest.mark.slow
 def test_host_times_are_of_every_op():
     done = python("-m", "bench.bench_host", "--rounds", "1", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -272,6 +276,7 @@ def test_fitness_bytes_are_those_of_its_inputs_and_outputs():
     assert costs.fitness_bytes(kin, "backward") == 4 * of_g
 
 
+@pytest.mark.slow
 def test_from_timing_to_table(tmp_path):
     raw = tmp_path / "raw.json"
     files = [f"bench/bench_{name}.py" for name in ("attention", "decode", "genetic")]

@@ -199,6 +199,7 @@ def test_fp32_weights_lose_nothing_to_a_large_lse():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
 def test_opcheck(rotary):
     inputs = [random(1, 20, 6, 16), random(1, 20, 2, 16), random(1, 20, 2, 24)]
@@ -214,6 +215,7 @@ def test_opcheck(rotary):
         torch.library.opcheck(ops.backward.default, arguments)
 
 
+@pytest.mark.slow
 @EACH_COMPILED
 def test_compiles_as_one_graph(dynamic, impl):
     torch.compiler.reset()

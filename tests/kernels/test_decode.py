@@ -216,6 +216,7 @@ def test_a_backward_is_refused(latent, impl):
         o.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 6, 16), (2, 3, 6, 16)], ids=["token", "tokens"])
 @EACH_FUSED
 @BOTH_OPS
@@ -230,6 +231,7 @@ def test_opcheck(latent, impl, shape):
     torch.library.opcheck(op.default, given)
 
 
+@pytest.mark.slow
 @EACH_FUSED
 @BOTH_OPS
 @pytest.mark.parametrize("q_tokens", [None, 2])

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_every_variant_of_every_kernel():
     done = subprocess.run(
         [sys.executable, "tests/front_end.py"], cwd=ROOT, capture_output=True, text=True,

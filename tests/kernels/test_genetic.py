@@ -336,6 +336,7 @@ def test_a_summed_output_has_a_gradient(impl):
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ["query", "none"])  # with e, and without
 def test_opcheck(environment):
     case = GeneticCase("", tokens=20, heads=1, width=16, environment=environment, lengths=(7, 13))
@@ -354,6 +355,7 @@ def test_opcheck(environment):
     torch.library.opcheck(ops.select_backward.default, (*genes, v, o, lse_log2, torch.rand_like(o)))
 
 
+@pytest.mark.slow
 @EACH_COMPILED
 def test_compiles_as_one_graph(dynamic, impl):
     torch.compiler.reset()

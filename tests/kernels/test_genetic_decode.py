@@ -115,6 +115,7 @@ def test_it_continues_the_whole_sequence(q_tokens, window, rows, environment, im
     torch.testing.assert_close(o, whole[:, -q_tokens:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_opcheck():
     g, ring, pressure = (torch.randn(n, device=DEVICE) for n in ((2, 3, 4, 16), (2, 40, 4, 16), 4))
     cos, sin = torch.randn(2, 2, 3, 8, device=DEVICE)
@@ -132,6 +133,7 @@ def test_the_output_is_the_same_bits_every_time(impl):
     assert torch.equal(decode(case, inputs, impl), decode(case, inputs, impl))
 
 
+@pytest.mark.slow
 @EACH_FUSED
 def test_compiles_as_one_graph(impl):
     torch.compiler.reset()

@@ -57,6 +57,7 @@ def test_each_example_decodes_with_its_bias(case, impl):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @EACH_FUSED
 def test_compiles_as_one_graph(impl):
     torch.compiler.reset()
@@ -85,6 +86,7 @@ def test_decoding_compiles_as_one_graph(impl):
     torch.testing.assert_close(compiled(inputs), decode(case, inputs, impl) * 2)
 
 
+@pytest.mark.slow
 def test_opcheck():
     """Schemas and fakes; what is traced is compiled above."""
     q, k, v = random(2, 20, 6, 16), random(2, 20, 2, 16), random(2, 20, 2, 24)

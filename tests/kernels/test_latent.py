@@ -180,6 +180,7 @@ def test_rope_alone_may_ask_for_gradients(impl):
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @EACH_FUSED
 @pytest.mark.parametrize("rope", [8, 0], ids=["rope", "rope-free"])
 def test_compiles_as_one_graph(rope, impl):

@@ -143,6 +143,7 @@ def test_large_scores_cost_gradients_no_more_than_the_rounding_of_their_lse(scal
         assert error <= 4 * EPS * largest * most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 def test_opcheck(packed, window):

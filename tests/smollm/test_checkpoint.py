@@ -74,6 +74,7 @@ def test_a_missing_file_is_missing(tmp_path):
         load_model(tmp_path / "x.pt")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(tmp_path):
     code = (
         "import resource, sys, pathlib; from study_cases import SMALL\n"

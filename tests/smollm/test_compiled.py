@@ -18,6 +18,7 @@ from smollm import (
     MultiHeadLatentAttention,
 )
 
+pytestmark = pytest.mark.slow
 MECHANISMS = {
     "mha": lambda **window: MultiHeadAttention(
         WIDTH, 6, is_causal=True, decay="forget", exclusive=True, output_gate="head", **window

@@ -256,12 +256,14 @@ def kill_while_preparing(place):
     assert place.with_name(f".{place.name}.building").is_dir()
 
 
+@pytest.mark.slow
 def test_what_a_killed_preparation_left_is_cleared(prepare_mine, tmp_path):
     kill_while_preparing(tmp_path / "gone")
     prepare_mine(tmp_path, "other")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_renames_is_undone_by_the_next(prepare_mine, tmp_path):
     prepare_mine(tmp_path)
     before = tree(tmp_path)
@@ -412,6 +414,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "mine"), (signal.SIGTERM, "builtin")])
 def test_an_interrupted_command_ends_cleanly(
     prepare_mine, parquet, tokenizer_file, tmp_path, number, name

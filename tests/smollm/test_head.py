@@ -99,6 +99,7 @@ def test_a_loss_alone_holds_no_gradient(monkeypatch):
     assert held < weight.numel() * 4 / 2
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_lengths_up_to_a_power_of_two(monkeypatch):
     """In parts, which are as many for each of them."""
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", 16 * VOCAB)

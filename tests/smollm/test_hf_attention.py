@@ -141,6 +141,7 @@ def test_on_kernels(registered):
     assert_same_logits(pair, left, input_ids=ids, attention_mask=left)
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph(registered):
     """Padding breaks no graph, nor does what is refused when it runs."""
     torch._dynamo.reset()
@@ -162,6 +163,7 @@ def test_compiled_as_one_graph(registered):
         compiled[1](input_ids=ids, attention_mask=right, **arguments)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_of_a_static_cache(registered):
     torch._dynamo.reset()
     pair = [model("Mistral", name, num_hidden_layers=1) for name in ("eager", "smollm")]

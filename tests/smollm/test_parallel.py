@@ -81,6 +81,7 @@ def two_processes(arguments):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_loss_of_one_though_one_dies(data_dir, tmp_path):
     """Rows are shared out: three micro-batches of documents of other lengths in each half."""
     attempts = []
@@ -120,6 +121,7 @@ def free_port():
         return taken.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_they_go_on(data_dir, tmp_path):
     flags = ["--variants=gqa", "--steps=4000", "--val-every=4000", "--batch-size=4"]
     log = tmp_path / "gqa" / "metrics.jsonl"

@@ -119,6 +119,7 @@ prepare_corpus("mine", source, pathlib.Path(root), tokenizer=tokenizer, **json.l
 """
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on(
     prepare_mine, parquet, tokenizer_file, whole, tmp_path, monkeypatch
 ):

@@ -102,6 +102,7 @@ def assert_same(folder, other):
         assert all(torch.equal(value, theirs[name][1][key]) for key, value in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "kills"), [
     (("--variants", *MECHANISMS), KILLS),
     (("--variants=gqa", "--optimizer=muon", "--activation-checkpointing"), KILLS_OF_A_CHECKPOINT),

@@ -24,6 +24,7 @@ def wait_for(ready, process):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_running_study_keeps_its_folder_and_an_interrupt_its_results(data_dir, tmp_path, capsys):
     """Another study is refused; of signals any may come, until the process has ended."""
     log = tmp_path / "mha" / "metrics.jsonl"
@@ -163,6 +164,7 @@ def test_results_that_cannot_be_written_are_still_shown(data_dir, tmp_path, monk
     )
 
 
+@pytest.mark.slow
 def test_a_study_outlives_what_reads_its_output(data_dir, tmp_path):
     with train_py(tiny(["--variants", "gqa", "--steps=2"], data_dir, tmp_path)) as process:
         process.stdout.close()
