@@ -174,7 +174,8 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
     shape = row.block_m, row.block_n, row.num_warps, row.ctas_per_sm
     loops = matrix_loops(parse(sass))
     spills = sum(x.name in ("LDL", "STL") for body in loops for x in body)
-    return replace(row, cycles=tile_cycles(sass, *shape), loop_spills=spills)
+    loop_spills = spills if loops else None
+    return replace(row, cycles=tile_cycles(sass, *shape), loop_spills=loop_spills)
 
 
 def _ctas_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:
