@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from numerics import assert_parity
 from test_attention import (  # noqa: F401 (autouse)
     DEVICE,
-    EACH_COMPILED,
     EACH_FUSED,
     _outputs_start_as_nan,
     random,
