@@ -8,6 +8,7 @@ meanwhile.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import kernels
-from bench.results import RESULTS, machine, table
+from bench.results import RESULTS, machine, named, table
 from bench.timing import peak_bytes
 from kernels import checks
 from kernels.reference import visible
@@ -224,13 +225,14 @@ def twins(config: ModelConfig, vocab_size: int) -> tuple[SmolLM, nn.Module]:
     return ours, theirs
 
 
-def training_step(model: nn.Module, ids: Tensor) -> Call:
-    """A whole step of optimisation on the batch, of our models as `train.py` takes it."""
+def training_step(model: nn.Module, ids: Tensor, half: bool = False) -> Call:
+    """A step of optimisation on the batch, forward in bf16 or not, as `train.py` takes it."""
     loss_alone = {"with_logits": False} if isinstance(model, SmolLM) else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        out = model(input_ids=ids, labels=ids, **loss_alone)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            out = model(input_ids=ids, labels=ids, **loss_alone)
         out["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -265,12 +267,18 @@ def training(rounds: int) -> Iterator[Row]:
             "ours": training_step(ours, ids),
             "transformers": training_step(theirs, ids),
             "oracle": on_oracle(training_step(build_model("gqa", config, vocab_size), ids)),
+            "ours, bf16": training_step(copy.deepcopy(ours), ids, half=True),
+            "transformers, bf16": training_step(copy.deepcopy(theirs), ids, half=True),
         }
         yield from rows(f"{name}, gqa", "step", calls, batch * tokens, rounds)
     ids = torch.randint(small[2], small[:2])
     for mechanism in ("mha", "mla", "mga"):
-        ours, twin = (build_model(mechanism, preset.model, small[2]) for _ in range(2))
-        calls = {"ours": training_step(ours, ids), "oracle": on_oracle(training_step(twin, ids))}
+        ours, twin, third = (build_model(mechanism, preset.model, small[2]) for _ in range(3))
+        calls = {
+            "ours": training_step(ours, ids),
+            "oracle": on_oracle(training_step(twin, ids)),
+            "ours, bf16": training_step(third, ids, half=True),
+        }
         yield from rows(f"cpu preset, {mechanism}", "step", calls, ids.numel(), rounds)
 
 
@@ -279,27 +287,27 @@ def generation(rounds: int) -> Iterator[Row]:
     new = 64
     config = PRESETS["smollm2-135m"].model
     ours, theirs = twins(config, VOCABULARY)
+    half = {"ours, bf16": copy.deepcopy(ours), "transformers, bf16": copy.deepcopy(theirs)}
+    models = {"ours": ours, "transformers": theirs} | {
+        name: model.to(torch.bfloat16) for name, model in half.items()
+    }
     for prompt in (128, 1024):
         ids = torch.randint(VOCABULARY, (1, prompt))
-
-        def generate(ids: Tensor = ids) -> Tensor:
-            return ours.generate(ids, new)
-
-        def generate_theirs(ids: Tensor = ids) -> Tensor:
-            mask = torch.ones_like(ids)
-            tokens: Tensor = theirs.generate(  # type: ignore[operator]
-                ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
-            )
-            return tokens
-
-        if not torch.equal(generate(), generate_theirs()):
-            print(f"prompt {prompt}: the two choose other tokens")
-        calls = {
-            "ours": generate,
-            "transformers": generate_theirs,
-            "oracle": on_oracle(generate),
+        calls: dict[str, Call] = {
+            name: partial(_generate, model, ids, new) for name, model in models.items()
         }
+        if not torch.equal(calls["ours"](), calls["transformers"]()):
+            print(f"prompt {prompt}: the two choose other tokens")
+        calls["oracle"] = on_oracle(calls["ours"])
         yield from rows(f"135M, prompt {prompt}, {new} new", "generate", calls, new, rounds)
+
+
+def _generate(model: Any, ids: Tensor, new: int) -> Tensor:
+    if isinstance(model, SmolLM):
+        return model.generate(ids, new)
+    with_cache: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    tokens: Tensor = model.generate(ids, max_new_tokens=new, do_sample=False, **with_cache)
+    return tokens
 
 
 PARTS = {"attention": attention, "training": training, "generation": generation}
@@ -310,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_cpu", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{named(cpu_name())}.json")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     results: dict[str, Any] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), **machine()}

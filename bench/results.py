@@ -94,7 +94,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append("")
     about = "{gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}, bf16."
     if device(results) == "cpu":
-        about = "{cpu}, {threads} threads, torch {torch}, commit {commit}, fp32."
+        about = "{cpu}, {threads} threads, torch {torch}, commit {commit}, fp32 where not said."
     return "\n".join([*lines, about.format(**results)])
 
 
@@ -136,6 +136,11 @@ def into_readme(text: str, readme: Path, first: str) -> None:
     readme.write_text(f"{before}{first}\n{text}\n{END}{after}")
 
 
+def named(hardware: str) -> str:
+    """The name of a GPU or CPU as files have it."""
+    return re.sub(r"\W+", "-", hardware.lower()).strip("-")
+
+
 def device(results: dict[str, Any]) -> str:
     """What the figures are of: "gpu" or "cpu"."""
     return "cpu" if "cpu" in results else "gpu"
@@ -154,9 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "collect":
         results = collect(json.loads(arguments.raw.read_text()))
-        name = re.sub(r"\W+", "-", results["gpu"].lower())
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        output = arguments.output / f"{named(results['gpu'])}.json"
+        output.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results))
     else:
         results = json.loads(arguments.results.read_text())

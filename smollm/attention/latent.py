@@ -9,7 +9,7 @@ from kernels import latent_attention, latent_decode, rotate
 from smollm.attention.base import Attention, Bias, checked_bias, checked_window
 from smollm.attention.cache import LayerCache
 from smollm.attention.decay import ROW as DECAY_ROW
-from smollm.attention.layers import Linear, QKNorm, head_norm, split_heads
+from smollm.attention.layers import Linear, QKNorm, RMSNorm, head_norm, split_heads
 from smollm.attention.options import Decay, OutputGate
 from smollm.attention.rope import Rope
 from smollm.attention.scaling import Llama3Scaling
@@ -114,12 +114,12 @@ class MultiHeadLatentAttention(Attention):
             self.q_proj = nn.Sequential(
                 OrderedDict(
                     down_proj=Linear(embed_dim, q_latent_dim, bias=bias),
-                    latent_norm=nn.RMSNorm(q_latent_dim, eps=LATENT_NORM_EPS),
+                    latent_norm=RMSNorm(q_latent_dim, eps=LATENT_NORM_EPS),
                     up_proj=Linear(q_latent_dim, q_dim, bias=False),
                 )
             )
         self.kv_down_proj = Linear(embed_dim, latent_dim + rope_dim, bias=bias)
-        self.latent_norm = nn.RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
+        self.latent_norm = RMSNorm(latent_dim, eps=LATENT_NORM_EPS)
         kv_dim = num_heads * (self.head_dim + self.value_dim)
         self.kv_up_proj = Linear(latent_dim, kv_dim, bias=False)
         self.out_proj = Linear(num_heads * self.value_dim, embed_dim, bias=out_bias)

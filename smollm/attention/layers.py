@@ -6,10 +6,15 @@ from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import mkldnn
+
+from kernels import readable
 
 QKNorm = bool | Literal["rms", "rms-full"]
 Layer = Callable[[Tensor], Tensor]
+ONEDNN_PAYS = 2**16  # numbers in a weight; to call it takes longer, 12 us
 
 
 @runtime_checkable
@@ -25,6 +30,49 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """With its weight in the input's type, so that half of autocast takes the fused norm, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, where no gradient is asked for by oneDNN on a CPU and not by MKL.
+
+    In fp32 MKL multiplies a single row on one core, and leaves AVX-512 unused on AMD's CPUs.
+
+    Args:
+        x: [..., K].
+        weight: W [N, K].
+        bias: b [N].
+    """
+    if torch.is_grad_enabled() or not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether it pays, and both are what PyTorch's own call of oneDNN takes as it stands."""
+    return (
+        weight.numel() >= ONEDNN_PAYS
+        and readable(x)
+        and x.dtype is weight.dtype is torch.float32
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and bool(mkldnn.enabled)
+    )
 
 
 def initialise(module: nn.Module, embed_dim: int, seed: int | None = None) -> None:
@@ -77,7 +125,7 @@ def head_norm(qk_norm: QKNorm, width: int, eps: float) -> Layer:
     check_norm_eps(eps)
     if not qk_norm or width == 0:
         return unchanged
-    norm = nn.LayerNorm if qk_norm is True else nn.RMSNorm
+    norm = nn.LayerNorm if qk_norm is True else RMSNorm
     return norm(width, eps=eps)
 
 

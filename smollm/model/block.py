@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from smollm.attention.base import Attention
 from smollm.attention.cache import LayerCache
-from smollm.attention.layers import Layer, Linear, dropout_layer, unchanged
+from smollm.attention.layers import Layer, Linear, RMSNorm, dropout_layer, unchanged
 from smollm.attention.rope import Rope
 from smollm.model.config import NormStrategy
 
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
         def norm(*strategies: NormStrategy) -> Layer:
             used = norm_strategy in strategies
-            return nn.RMSNorm(embed_dim, eps=norm_eps) if used else unchanged
+            return RMSNorm(embed_dim, eps=norm_eps) if used else unchanged
 
         self.attention = attention
         self.mlp = mlp

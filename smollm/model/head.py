@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from smollm.attention.layers import linear
+
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # 128 MiB of fp32
 
@@ -29,7 +31,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """A file may hold the weight twice, as long as it equals the embedding's, loaded before."""

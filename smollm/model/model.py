@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smollm.attention.base import Attention
 from smollm.attention.cache import Cache
-from smollm.attention.layers import Linear, check_norm_eps, dropout_layer, initialise
+from smollm.attention.layers import Linear, RMSNorm, check_norm_eps, dropout_layer, initialise
 from smollm.attention.padding import packing
 from smollm.attention.rope import token_positions
 from smollm.model.block import Block, SwiGLU
@@ -125,7 +125,7 @@ class SmolLM(Generator):
             )
             for prototype in prototypes
         )
-        self.norm = nn.RMSNorm(embed_dim, eps=norm_eps)
+        self.norm = RMSNorm(embed_dim, eps=norm_eps)
         self.lm_head: TiedHead | Linear = (
             TiedHead(self.embed_tokens)
             if tie_embeddings

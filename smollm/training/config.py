@@ -68,7 +68,8 @@ class TrainConfig:
     device: Device = "auto"
     """"auto" is a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the forward pass; weights stay fp32. "auto": bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the forward pass; weights stay fp32. "auto": bfloat16 on a GPU and on a CPU that
+    multiplies in it (AVX512-BF16, AMX), else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Run the training step's model through torch.compile. "auto": on a GPU."""
     activation_checkpointing: bool = False

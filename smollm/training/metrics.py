@@ -260,7 +260,15 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 def in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     """Whether the forward pass, and so the cache, is in bfloat16 and not in float32."""
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    if config.dtype == "auto":
+        return device.type == "cuda" or multiplies_bfloat16()
+    return config.dtype == "bfloat16"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16: AVX512-BF16 or AMX."""
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def generation(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ TINY = [
     "--preset=cpu", "--embed-dim=36", "--num-layers=1", "--ffn-hidden-dim=48", "--seq-len=32",
     "--batch-size=2", "--steps=6", "--warmup-steps=2", "--log-every=2", "--val-every=3",
     "--val-tokens=128", "--generate-tokens=4", "--latent-dim=16", "--contexts", "8", "16",
+    "--dtype=float32",
 ]  # fmt: skip
 PLOTS = "plot_loss", "plot_bars", "plot_trade_offs", "plot_rates"
 # Where this process was started to ignore Ctrl-C, its children are too; they draw nothing.

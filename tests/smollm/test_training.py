@@ -25,9 +25,11 @@ from smollm.training.interrupts import Interrupts
 from smollm.training.loader import Batch, Loader
 from smollm.training.optim import Optimizers, accumulate_gradients, learning_rate
 from smollm.training.record import Record, Run
+from smollm.training.state import identity
 from smollm.training.trackers import MODULES, check_tracker, open_tracker
 
 CPU = torch.device("cpu")
+EXACT = TrainConfig(dtype="float32")
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
@@ -35,7 +37,7 @@ CPU = torch.device("cpu")
 def test_a_step_is_the_same_however_micro_batches_divide_it(divided, document_mask, corpus):
     """Documents end at other places in each micro-batch, so their numbers of targets differ."""
     model = build_model("gqa", SMALL, corpus.vocab_size)
-    config = TrainConfig(document_mask=document_mask)
+    config = dataclasses.replace(EXACT, document_mask=document_mask)
     step = corpus.train.batch(3, 6, 64, seed=0)
     step[0, ::2] = step[5, ::3] = step[1:4, ::10] = corpus.eos_id
     found = []
@@ -53,7 +55,7 @@ def test_the_loss_of_a_step_is_nats_over_targets(corpus):
     model = build_model("gqa", SMALL, corpus.vocab_size)
     batches = corpus.train.batch(0, 2, 32, seed=0).split(1)
     batches[0][0, ::2] = corpus.eos_id  # documents of 2 tokens: half the tokens are targets
-    config = TrainConfig(document_mask=True)
+    config = dataclasses.replace(EXACT, document_mask=True)
     made = [Batch.of(ids, corpus.eos_id, True) for ids in batches]
     total = sum(batch.num_targets for batch in made)
     loss = accumulate_gradients(model, made, config, ALONE, total)
@@ -138,7 +140,7 @@ def test_activation_checkpointing_changes_no_gradient(mechanism, corpus):
 
 
 def test_batches_are_those_of_their_steps_whatever_the_order(corpus):
-    config = TrainConfig(seq_len=16, batch_size=3, grad_accum=2, seed=4)
+    config = dataclasses.replace(EXACT, seq_len=16, batch_size=3, grad_accum=2, seed=4)
     with Loader(corpus, config, ALONE) as loader:
         for step in (0, 1, 5, 6, 2):
             for index, batch in enumerate(loader.step(step)):
@@ -206,6 +208,21 @@ def test_the_peak_is_the_cards_in_its_type(name, dtype, precision, tera, monkeyp
     assert metrics.peak_flops(CPU, TrainConfig()) is None
 
 
+@pytest.mark.parametrize("kind, has, half", [
+    ("cpu", {}, False), ("cpu", {"avx512_f": True, "avx512_bf16": False}, False),
+    ("cpu", {"avx512_bf16": True}, True), ("cpu", {"amx_bf16": True}, True), ("cuda", {}, True),
+])  # fmt: skip
+def test_bfloat16_is_taken_where_it_is_multiplied(kind, has, half, corpus, monkeypatch):
+    """And a run's identity says which type it was, so that none goes on in another."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    device = torch.device(kind)
+    for dtype, expected in (("auto", half), ("float32", False), ("bfloat16", True)):
+        config = dataclasses.replace(PRESETS["cpu"], train=TrainConfig(dtype=dtype))
+        assert metrics.in_bfloat16(config.train, device) == expected
+        about = identity("mha", config, corpus, device)
+        assert about["dtype"] == ("bfloat16" if expected else "float32")
+
+
 def test_what_decays():
     model = build_model("mga", SMALL, 50)
     decayed, others = (group["params"] for group in Optimizers(model, TrainConfig()).param_groups)
@@ -217,7 +234,7 @@ def test_what_decays():
 
 
 def test_evaluation_counts_every_target_once(corpus):
-    train = TrainConfig(seq_len=32, batch_size=3, val_tokens=320, device="cpu")
+    train = dataclasses.replace(EXACT, seq_len=32, batch_size=3, val_tokens=320, device="cpu")
     model = build_model("gqa", SMALL, corpus.vocab_size)
     measured = metrics.evaluate(model, corpus, train, ALONE)
     ids = torch.cat(list(corpus.val.spread(1, 32, 10)))
@@ -254,14 +271,14 @@ def corpus_of(train, val):
     ([0] * 32, [1, 2] * 16, True, "document_mask: expected documents of 2 tokens or more"),
 ], ids=["one-token-documents", "no-text", "train"])  # fmt: skip
 def test_nothing_to_predict_is_refused(train, val, mask, text):
-    config = TrainConfig(seq_len=8, batch_size=2, val_tokens=32, document_mask=mask)
+    config = dataclasses.replace(EXACT, seq_len=8, batch_size=2, val_tokens=32, document_mask=mask)
     with pytest.raises(ValueError, match=text):
         metrics.check_targets(corpus_of(train, val), config)
     metrics.check_targets(corpus_of([1, 2, 0, 0] * 8, [0, 1, 1, 1] * 8), config)
 
 
 def test_evaluation_without_targets_is_refused_in_words():
-    config = TrainConfig(seq_len=8, batch_size=2, val_tokens=32, document_mask=True)
+    config = dataclasses.replace(EXACT, seq_len=8, batch_size=2, val_tokens=32, document_mask=True)
     with pytest.raises(ValueError, match="expected tokens of text to predict"):
         metrics.evaluate(build_model("mha", SMALL, 3), corpus_of([1] * 8, [0] * 32), config, ALONE)
 
