@@ -102,12 +102,13 @@ def ranked_rows(arch: int, width: int, dtype: torch.dtype, rope: int = 0) -> dic
     Those of interior tiles, or of short windows those of both kinds, as many as a window has.
     """
     ranked: dict[str, list[Row]] = {}
-    problem = _problem(width, dtype, rope)
-    columns = tiles.tile_width(problem.kernel_arguments).columns
+    plain, biased = (_problem(width, dtype, rope, biased=biased) for biased in (False, True))
+    columns = tiles.tile_width(plain.kernel_arguments).columns
     for direction, widths in candidates.ALTERNATIVES.get(arch, {}).items():
         if columns > max(widths):
             continue
         widest = min(w for w in widths if columns <= w)
+        problem = biased if direction in tiles.BIASED.values() else plain
         rows = []
         for tile in candidates.tiles_to_try(arch, direction, widest):
             with candidates.using(arch, direction, widest, tile):
@@ -129,8 +130,9 @@ def _cost(row: Row, window: int | None) -> float:
 
 
 def _direction_rows(arch: int, direction: tiles.Direction, problem: Problem) -> list[Row]:
-    with compiling(arch, direction.removeprefix("short_")) as rows:
-        if direction in ("dq", "dkdv"):
+    kernel = direction.rpartition("_")[2]
+    with compiling(arch, kernel) as rows:
+        if kernel in ("dq", "dkdv"):
             o = problem.q.new_empty(*problem.q.shape[:3], problem.v.shape[-1])
             lse = new_lse(problem.q)
             launch_backward(problem, o, lse, o, lse, with_excess=False)

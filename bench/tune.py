@@ -154,11 +154,11 @@ def write(folder: Path, arch: int, measured: Sequence[Sequence[Measurement]]) ->
 
 
 def checked_cases(direction: Direction, widest: int) -> list[Case]:
-    """Small problems that reach a tile: short windows have one of their own."""
+    """Small problems that reach a tile: short windows and biases have one of their own."""
     windows = (90, 300) if direction == "short_forward" else (None, 700)
     return [
         dataclasses.replace(case, window_size=window, **_length(case, 2, 900))
-        for case in _cases(widest)
+        for case in _cases(direction, widest)
         for window in windows
     ]
 
@@ -171,14 +171,16 @@ def timed_cases(direction: Direction, widest: int) -> list[Case]:
             case, name=f"{case.name}-{window or 'causal'}", window_size=window,
             **_length(case, 4, 8192 if widest == 64 else 4096),
         )
-        for case in _cases(widest)
+        for case in _cases(direction, widest)
         for window in windows
     ]  # fmt: skip
 
 
-def _cases(widest: int) -> list[Case]:
-    """What models have in these columns: the rotary part of MLA counts."""
+def _cases(direction: Direction, widest: int) -> list[Case]:
+    """What models have in these columns: the rotary part of MLA counts, biases are a decay's."""
     plain = AttentionCase(f"{widest}", q_heads=9, k_heads=3, width=widest)
+    if direction in tiles.BIASED.values():
+        return [dataclasses.replace(plain, bias=1.0)]
     mla = {
         96: LatentCase("64+32", heads=9),
         192: LatentCase("128+64", heads=16, nope=128, rope=64, v_width=128),

@@ -28,9 +28,12 @@ def hopper(monkeypatch):
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
 
 
-def chosen(direction, columns, short=False):
+def chosen(direction, columns, like="plain"):
+    """The tile of a kernel's launches, of short windows or with a bias where it is like theirs."""
     q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device="meta")
-    return tiles.choose(direction, q, Width(columns, plain=False, short=short))
+    short, biased = like in tiles.SHORTER.values(), like in tiles.BIASED.values()
+    kernel = direction.rpartition("_")[2]
+    return tiles.choose(kernel, q, Width(columns, plain=False, short=short, biased=biased))
 
 
 def test_alternatives_to_every_width_of_the_table():
@@ -43,22 +46,21 @@ def test_alternatives_to_every_width_of_the_table():
 @pytest.mark.parametrize(("arch", "direction", "widest"), ENTRIES)
 def test_the_first_candidate_is_the_tile_in_use(arch, direction, widest, hopper):
     first, *others = candidates.tiles_to_try(arch, direction, widest)
-    name = direction.removeprefix("short_")
-    assert first == chosen(name, widest, short=name != direction)
+    assert first == chosen(direction, widest, like=direction)
     assert len(others) >= 2 and first not in others
 
 
 @pytest.mark.parametrize(("arch", "direction", "widest"), ENTRIES)
 def test_a_candidate_is_used_inside_and_not_behind(arch, direction, widest, hopper):
     tile = Tile(16, 16, 1, 1)
-    name = direction.removeprefix("short_")
-    before = {columns: chosen(name, columns) for columns in (16, 64, 80, 96, 128, 192, 256)}
+    columns = 16, 64, 80, 96, 128, 192, 256
+    kinds = "plain", direction
+    before = {(c, like): chosen(direction, c, like) for c in columns for like in kinds}
     with candidates.using(arch, direction, widest, tile):
-        assert chosen(name, widest, short=name != direction) == tile
-        if name == direction:
-            others = {columns: chosen(name, columns) for columns in before if columns > widest}
-            assert others == {columns: before[columns] for columns in others}
-    assert {columns: chosen(name, columns) for columns in before} == before
+        assert chosen(direction, widest, like=direction) == tile
+        others = {(c, like): chosen(direction, c, like) for c, like in before if c > widest}
+        assert others == {place: before[place] for place in others}
+    assert {(c, like): chosen(direction, c, like) for c, like in before} == before
 
 
 def test_a_candidate_takes_the_place_of_one_for_a_version_of_triton(hopper, monkeypatch):
@@ -152,14 +154,15 @@ def test_a_table_without_winners_is_the_one_in_use():
     assert table == {direction: in_use[direction] for direction in table}
 
 
-@pytest.mark.parametrize("direction", ["forward", "short_forward", "dq", "dkdv"])
+@pytest.mark.parametrize("direction", candidates.ALTERNATIVES[90])
 def test_cases_reach_the_tile(direction):
-    """Windows long or short, widths as padded."""
+    """Windows long or short, with a bias or not, widths as padded."""
     for widest in candidates.ALTERNATIVES[90][direction]:
         for case in tune.checked_cases(direction, widest) + tune.timed_cases(direction, widest):
             window, rotary = case.window_size, isinstance(case, tune.LatentCase)
             short = window is not None and window <= tiles.SHORT
             assert short == (direction == "short_forward")
+            assert ("biased" in direction) == (getattr(case, "bias", None) is not None)
             widths = case.nope + case.rope if rotary else case.width
             assert widths == widest
 
@@ -196,8 +199,9 @@ def test_what_is_done_is_written_when_patience_ends(tmp_path, monkeypatch, hoppe
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--output", str(tmp_path)])
     rows = json.loads((tmp_path / "tiles.json").read_text())["rows"]
-    assert [row["direction"] for row in rows if row["wins"]] == ["forward", "short_forward", "dq"]
-    assert capsys.readouterr().out.count(" wins\n") == 3
+    before = list(candidates.ALTERNATIVES[90])[:-1]
+    assert [row["direction"] for row in rows if row["wins"]] == before
+    assert capsys.readouterr().out.count(" wins\n") == len(before)
 
 
 @pytest.mark.parametrize("parts", ["parity bench tune", "bench tune", "tune"])

@@ -19,6 +19,7 @@ SHAPES = [
     AttentionCase("window", q_tokens=500, window_size=200, sinks=True, q_heads=32, k_heads=8),
     AttentionCase("packed", q_tokens=500, lengths=(100, 1, 399), window_size=90),
     AttentionCase("values", q_tokens=300, q_heads=8, k_heads=4, v_heads=2),
+    AttentionCase("bias", q_tokens=500, q_heads=9, k_heads=3, bias=4096.0),
 ]
 
 
@@ -103,5 +104,5 @@ def test_strides_beyond_32_bits():
 
 def test_every_tile_of_this_gpu_is_met():
     table = tiles.HALF_PRECISION[tiles.architecture(torch.device("cuda"))]
-    for direction in ("forward", "short_forward", "dq", "dkdv"):
+    for direction in ("forward", "short_forward", "biased_forward", "dq", "biased_dq", "dkdv"):
         assert set(table.get(direction, ())) <= set(WIDTHS)
