@@ -45,15 +45,19 @@ Call = Callable[[], Any]
 Row = dict[str, Any]
 
 
-def turns(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+def turns(
+    calls: dict[str, Call], rounds: int, most_seconds: float | None = None
+) -> dict[str, list[float]]:
     """Seconds of each call in every round but the first; all take turns, every other time backward.
 
-    So none always finds the caches as the same other one leaves them.
+    So none always finds the caches as the same other one leaves them. Rounds after the third end
+    with the seconds, by default `CASE_SECONDS`.
     """
+    most_seconds = CASE_SECONDS if most_seconds is None else most_seconds
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for turn in range(rounds + 1):
-        if turn > 3 and time.perf_counter() - began > CASE_SECONDS:
+        if turn > 3 and time.perf_counter() - began > most_seconds:
             break
         for name in list(calls)[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
