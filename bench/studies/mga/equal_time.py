@@ -2,8 +2,8 @@
 
 `python -m bench.studies.mga.equal_time steps FILE...` times a training step of each cell of a
 study's file, in turns on a machine that does nothing else, and writes steps.json beside this one.
-`python -m bench.studies.mga.equal_time table SMALL LAW` sets the losses of the folder SMALL
-against the law that MHA follows there and over the other budgets of the folder LAW, as Markdown.
+`python -m bench.studies.mga.equal_time table SMALL OTHER` sets the losses of the folder SMALL
+against those of MHA there and at the budgets of the folder OTHER, as Markdown.
 """
 
 import argparse
@@ -13,9 +13,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bench.bench_cpu import training_step, turns
@@ -32,55 +34,46 @@ STEPS = Path(__file__).with_name("steps.json")
 VOCABULARY = 4096
 
 
-class Law(NamedTuple):
-    """loss = floor + scale tokens^-power."""
+class Curve(NamedTuple):
+    """The losses of a model by its budget of tokens, both in the order of budgets."""
 
-    floor: float
-    scale: float
-    power: float
+    tokens: list[int]
+    losses: list[float]
 
-    @classmethod
-    def through(cls, tokens: float, losses: Sequence[float]) -> "Law":
-        """The one through three losses: at so many tokens, at twice and at four times as many.
+    def reaches(self, loss: float) -> float:
+        """After how many tokens a loss is reached, between budgets linear in their logarithm.
 
-        Raises:
-            ValueError: they do not fall, or do so ever faster.
+        Beyond the last budget it is infinite, before the first one nan.
         """
-        first, second, third = losses
-        if not first - second > second - third > 0:
-            raise ValueError(f"losses: expected them to fall ever slower, got {list(losses)}")
-        power = math.log2((first - second) / (second - third))
-        scale = (first - second) / (tokens**-power - (2 * tokens) ** -power)
-        return cls(first - scale * tokens**-power, scale, power)
-
-    def tokens(self, loss: float) -> float:
-        """After how many it is reached, which may be never."""
-        left = (loss - self.floor) / self.scale
-        return left ** (-1 / self.power) if left > 0 else math.inf
+        if loss < self.losses[-1]:
+            return math.inf
+        logs = np.log(self.tokens)
+        found = np.interp(-loss, -np.array(self.losses), logs, left=math.nan)
+        return math.exp(found)
 
 
-def law_of(small: Cells, law: Path) -> Law:
-    """What MHA follows, by the seeds that the folder of its other budgets has.
+def curve_of(small: Cells, other: Path) -> Curve:
+    """MHA's, by the seeds that the folder of its other budgets has.
 
     Raises:
-        ValueError: they are not half and twice the budget of the small study, of the same seeds.
+        ValueError: the folder has none of it, or losses do not fall with tokens.
     """
     found: dict[int, dict[int, float]] = {}
-    for run in (*read_runs(law).values(), *small[BASELINE].runs):
+    for run in (*read_runs(other).values(), *small[BASELINE].runs):
         if run.status == "finished" and run.val_loss is not None and run.config is not None:
             found.setdefault(run.tokens, {})[run.config["seed"]] = run.val_loss
-    budgets = sorted(found)
     seeds = set.intersection(*map(set, found.values()))
-    if len(budgets) != 3 or not seeds or budgets != [budgets[0] << n for n in range(3)]:
-        raise ValueError(f"{law}: expected three budgets, each twice the last, got {budgets}")
+    if len(found) < 2 or not seeds:
+        raise ValueError(f"{other}: expected other budgets of the same seeds, got {sorted(found)}")
+    budgets = sorted(found)
     losses = [statistics.mean(found[budget][seed] for seed in seeds) for budget in budgets]
-    return Law.through(budgets[0], losses)
+    if any(after >= before for before, after in pairwise(losses)):
+        raise ValueError(f"{other}: expected losses that fall with tokens, got {losses}")
+    return Curve(budgets, losses)
 
 
-def table(cells: Cells, law: Law, milliseconds: dict[str, float]) -> list[str]:
-    """A row for each cell, the most valuable first.
-
-    Past twice the cells' own tokens, where no run was, the law's word is extrapolated, and says so.
+def table(cells: Cells, curve: Curve, milliseconds: dict[str, float]) -> list[str]:
+    """A row for each cell, the most valuable first; those below MHA's first budget have no figure.
 
     Raises:
         ValueError: no step of a cell was timed.
@@ -88,15 +81,21 @@ def table(cells: Cells, law: Law, milliseconds: dict[str, float]) -> list[str]:
     if missing := sorted(set(cells) - set(milliseconds)):
         raise ValueError(f"steps: expected a time of every cell, got none of {', '.join(missing)}")
     (budget,) = {run.tokens for each in cells.values() for run in each.runs}
+    # MHA needs its own tokens for its own loss, though the curve is of fewer seeds.
+    shift = curve.losses[curve.tokens.index(budget)] - _mean(cells, BASELINE)
     rows = []
-    for name, each in cells.items():
-        needed = law.tokens(each.mean("val_loss") or math.nan) / budget
-        slower = milliseconds[name] / milliseconds[BASELINE]
-        tokens = f"{needed:.2f}" + " (extrapolated)" * (needed > 2)
-        row = f"| `{name}` | {milliseconds[name]:.0f} | {tokens} | {needed / slower:.2f} |"
-        rows.append((-needed / slower, row))
+    for name in cells:
+        needed = curve.reaches(_mean(cells, name) + shift) / budget
+        worth = needed * milliseconds[BASELINE] / milliseconds[name]
+        rows.append(
+            (-worth, f"| `{name}` | {milliseconds[name]:.0f} | {needed:.2f} | {worth:.2f} |")
+        )
     head = "| cell | ms a step | tokens that MHA needs, of the cell's | time, likewise |"
     return [head, "|:--|--:|--:|--:|", *(row for _, row in sorted(rows))]
+
+
+def _mean(cells: Cells, name: str) -> float:
+    return cells[name].mean("val_loss") or math.nan
 
 
 def step_milliseconds(config: Config, rounds: int) -> dict[str, float]:
@@ -121,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--output", type=Path, default=STEPS)
     command = commands.add_parser("table")
     command.add_argument("small", type=Path, help="the study's folder")
-    command.add_argument("law", type=Path, help="the folder of MHA's other budgets")
+    command.add_argument("other", type=Path, help="the folder of MHA's other budgets")
     command.add_argument("--steps", type=Path, default=STEPS)
     given = parser.parse_args(argv)
     try:
@@ -135,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             cells = cells_of(given.small)
             milliseconds = json.loads(given.steps.read_text(encoding="utf-8"))["milliseconds"]
-            print("\n".join(table(cells, law_of(cells, given.law), milliseconds)))
+            print("\n".join(table(cells, curve_of(cells, given.other), milliseconds)))
     except (OSError, ValueError) as error:
         print(f"equal_time: {error}", file=sys.stderr)
         return 2
