@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -91,12 +92,12 @@ def draw(measured: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for index, (panel, title) in enumerate(zip(panels, ("at the start", "trained"), strict=True)):
-        for name, both in measured.items():
-            panel.plot(DISTANCES[1:], both[index][1:], marker="o", label=name)
+        for (name, both), style in zip(measured.items(), cycle(("-", "--", ":", "-."))):
+            panel.plot(DISTANCES[1:], both[index][1:], marker="o", linestyle=style, label=name)
         panel.set(title=title, xscale="log", xlabel="tokens before the query")
         panel.set_xticks(DISTANCES[1:], [str(d) for d in DISTANCES[1:]])
-        panel.set_ylim(bottom=-12)
         panel.grid(alpha=0.3)
+    panels[0].set_ylim(-12, 4)
     panels[0].set_ylabel("mean score less the own token's")
     panels[1].legend()
     figure.savefig(path, dpi=120)
