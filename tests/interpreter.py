@@ -1,4 +1,4 @@
-"""Triton's interpreter made fast enough for tests, of the same bits.
+"""Triton's interpreter made fast enough for tests, of the same bits but in products of tiles.
 
 It takes as long for an operation on a large tile as on a small one, and runs a launch's programs
 one after the other. `run_programs_at_once` gives every array one more axis in front, of programs,
@@ -30,7 +30,7 @@ class DisagreementError(Exception):
 
 
 def hasten() -> None:
-    """Spare each of its calls what it does over and over.
+    """Spare each of its calls what it does over and over, and round products as on any machine.
 
     It patches triton.language for each module of jit helpers, not at each of their calls, looks up
     types once, and checks no array's size, and no integer for overflow unless it is told to.
@@ -59,6 +59,7 @@ def hasten() -> None:
     interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = known_type_of
     TensorHandle.__post_init__ = lambda self: None
+    InterpreterBuilder.create_dot = create_dot
     _remember_shapes()
     check_overflow(False)
 
@@ -211,6 +212,12 @@ def create_reshape(self, arg, shape, allow_reorder):
 
 def create_trans(self, arg, perm):
     return TensorHandle(arg.data.transpose(0, *(axis + 1 for axis in perm)), arg.dtype.scalar)
+
+
+def create_dot(self, a, b, d, *how):
+    """In fp64 and rounded once: the same bits on every machine, and of the transposed product."""
+    product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
 
 
 _masked_load = InterpreterBuilder.create_masked_load
