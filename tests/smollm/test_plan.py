@@ -209,7 +209,7 @@ def test_a_study_is_a_file_that_runs_again(flags, tmp_path):
 def test_a_file_by_hand(data_dir, tmp_path):
     path, folder = tmp_path / "mine.toml", tmp_path / "results"
     flags = [x[2:].split("=") for x in tiny([], data_dir, folder) if "=" in x]
-    lines = [f"{n.replace('-', '_')} = {json.dumps(v) if v[0] in '/c' else v}" for n, v in flags]
+    lines = [f"{n.replace('-', '_')} = {v if v.isdigit() else json.dumps(v)}" for n, v in flags]
     lines += ['variants = ["mha", "gqa"]', "generate_tokens = 0", "document_mask = true"]
     lines += ["[grid]", "steps = [2, 3]", "[gqa]", "num_kv_heads = 1"]
     lines = [line for line in lines if line not in ("steps = 6", "generate_tokens = 4")]

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from study_cases import ROOT
 
+from bench.studies.mga.verdicts import cells_of, gap
 from smollm.attention import MECHANISMS
 from smollm.studies import plots, report
 from smollm.studies.compare import group
@@ -215,8 +216,21 @@ def test_the_readme_shows_a_study_that_is_there():
     assert len({run.config["seed"] for run in runs}) == 3 and len(runs) == 3 * len(MECHANISMS)
     for run in runs:
         assert run.status == "finished" and run.val_loss == run.history[-1].val_loss
-    more = group([*runs, *read_runs(STUDIES / "environments").values()])
-    for each in more:
-        if each.mechanism == "mga":
-            cell = f"{each.mean('bits_per_byte'):.4f} ± {each.spread('bits_per_byte'):.4f}"
-            assert f'| MGA, `"{each.point["environment"]}"` | {cell} |' in readme
+
+
+def test_the_readme_says_of_mga_what_its_study_found():
+    readme = (ROOT / "README.md").read_text()
+    cells = cells_of(STUDIES / "mga" / "small")
+    for title, name in (
+        ('MGA, `"query"`', "mga"), ('MGA, `"kin"`', "mga-kin"), ('MGA, `"none"`', "mga-none"),
+        ('MGA, `"query"`, without fitness', "mga-unfit"), ("MHA", "mha"),
+        ("MHA, the same window", "mha-window"), ("MHA, forget gates", "mha-forget"),
+        ("MHA, learned decay", "mha-decay"),
+        ("MHA, normalised queries and keys, learned decay", "mha-norm-decay"),
+    ):  # fmt: skip
+        each = cells[name]
+        row = f"| {title} | {each.mean('val_loss'):.4f} ± {each.spread('val_loss'):.4f} |"
+        less = "" if name == "mga" else str(gap(cells, name, "mga"))
+        assert f"{row} {less} |\n" in readme, name
+        assert [run.config["seed"] for run in each.runs] == [1, 2, 3, 4, 5]
+        assert {run.config["lr"] for run in each.runs} == {each.runs[0].config["lr"]}
