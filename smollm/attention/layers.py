@@ -68,7 +68,9 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype is weight.dtype is torch.float32
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
+        and weight.is_cpu
         and weight.is_contiguous()
+        and x.shape[-1:] == weight.shape[1:]  # else PyTorch's own words say what is wrong
         and not torch.is_autocast_enabled("cpu")
         and mkldnn.is_available()  # type: ignore[no-untyped-call]
         and bool(mkldnn.enabled)
