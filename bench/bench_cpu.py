@@ -3,8 +3,8 @@
 `python -m bench.bench_cpu [--only attention training generation] [--rounds 7] [--output FILE]` lets
 the systems of a case take turns, prints the median rate of each and its ratio to ours, and keeps
 all of it in a JSON file; `python -m bench.results render FILE` makes the README's table of it.
-Every system's result is checked against the oracle's before it is timed. Leave the machine alone
-meanwhile.
+Every system's result in fp32 is checked against the oracle's before it is timed. Leave the machine
+alone meanwhile.
 """
 
 import argparse
