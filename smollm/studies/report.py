@@ -70,12 +70,13 @@ def headline(about: dict[str, Any]) -> dict[str, str]:
     """The facts that stand above a study's table."""
     corpus, train = about["corpus"], about["config"]["train"]
     several = f"{about['processes']} processes of " if about.get("processes", 1) > 1 else ""
+    dtype = f", {about['dtype']}" if "dtype" in about else ""
     lines = {
         "Corpus": f"{corpus['name']} (sha256 {corpus['sha256'][:12]}), "
         f"{corpus['train_tokens']:,} training tokens, vocabulary {corpus['vocab_size']:,}",
         "Run": f"preset {about['config']['preset']}, {train['steps']:,} steps of "
         f"{train['batch_size'] * train['grad_accum']} x {train['seq_len']} tokens, "
-        f"seed {', '.join(map(str, about['config']['seeds'] or [train['seed']]))}",
+        f"seed {', '.join(map(str, about['config']['seeds'] or [train['seed']]))}{dtype}",
         "Device": f"{several}{about['device']}, torch {about['versions']['torch']}",
     }
     if about["git_commit"] is not None:

@@ -26,7 +26,7 @@ from smollm.studies.plan_file import plan_text, write_plan
 from smollm.training.config import Config
 from smollm.training.display import make_progress
 from smollm.training.interrupts import Interrupts
-from smollm.training.metrics import check_targets, cpu_name
+from smollm.training.metrics import check_targets, cpu_name, dtype_name
 from smollm.training.parallel import World, joined
 from smollm.training.record import Run, checkpoint_folder
 from smollm.training.run import train_run
@@ -276,6 +276,7 @@ def describe(config: Config, corpus: Corpus, world: World) -> dict[str, Any]:
         "git_commit": git_commit(),
         "processes": world.size,
         "device": gpu or f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "dtype": dtype_name(config.train, world.device),
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # names its build, as its metadata need not

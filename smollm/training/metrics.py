@@ -265,6 +265,11 @@ def in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     return config.dtype == "bfloat16"
 
 
+def dtype_name(config: TrainConfig, device: torch.device) -> str:
+    """The forward pass's type as `--dtype` names it, which "auto" leaves to the device."""
+    return "bfloat16" if in_bfloat16(config, device) else "float32"
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16: AVX512-BF16 or AMX."""
     has = torch.cpu.get_capabilities()

@@ -19,7 +19,7 @@ from smollm.data import Corpus
 from smollm.files import json_text, write_json
 from smollm.model.checkpoint import write_tensors
 from smollm.training.config import Config
-from smollm.training.metrics import in_bfloat16
+from smollm.training.metrics import dtype_name
 
 SEAL = re.compile(r"step_\d{9}\.json", re.ASCII)
 FREE = ("data_dir", "corpus", "device", "log", "save_every", "keep_checkpoints")  # change no result
@@ -30,7 +30,7 @@ def identity(
 ) -> dict[str, Any]:
     """All that a run's result depends on, as plain values by name."""
     train = {name: value for name, value in asdict(config.train).items() if name not in FREE}
-    train["dtype"] = "bfloat16" if in_bfloat16(config.train, device) else "float32"
+    train["dtype"] = dtype_name(config.train, device)
     named = {"mechanism": mechanism, "corpus_sha256": corpus.sha256, "device": device.type}
     plain: dict[str, Any] = json.loads(json_text(named | config.model.flags | train))
     return plain

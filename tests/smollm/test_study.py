@@ -83,6 +83,14 @@ def test_the_report_holds_table_and_plots(results):
     assert page.count('src="data:image/png;base64,') == 3 and "<td" in page and ".png" not in page
 
 
+def test_the_report_says_the_type(results):
+    content = json.loads((results / "ablation_results.json").read_text())
+    assert {run_["config"]["dtype"] for run_ in content["runs"].values()} == {content["dtype"]}
+    for name in ("report.md", "console.txt"):
+        text = (results / name).read_text()
+        assert re.search(rf"Run: preset .*seed 8, {content['dtype']}\n", text), name
+
+
 def test_saved_models_load(results):
     about = json.loads((results / "ablation_results.json").read_text())
     for mechanism in MECHANISMS:
