@@ -2,12 +2,11 @@
 
 `kernels.reference` holds the scores of all pairs; here a block of queries meets the interval of
 keys that one of them sees, so that memory and, under a window, time are linear in T. Numbers are in
-fp32, or fp64 for fp64 inputs or a bias of keys, throughout.
+fp32, or fp64 for fp64 inputs, throughout; biases of keys are compared in their own type.
 """
 
-from functools import lru_cache, partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from einops import repeat
 from torch import Tensor
 
 from kernels import reference
+from kernels.blocks import Block, blocks
 from kernels.core.problem import Problem, bias_of
 from kernels.derivatives import Function, ask_for_gradients, gradients, is_traced, run
 from kernels.operators import operator
@@ -22,83 +22,38 @@ from kernels.sums import window_sums
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_FEWEST_QUERIES, _MOST_QUERIES = 64, 256  # of a block under a window
-_HIDDEN = -1e100  # a finite bias, as the lse that PyTorch gives rows of -inf alone is 0
-_CALL = "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool causal, int? window"
-
-
-class Block(NamedTuple):
-    """Queries, and the keys that at least one of them sees."""
-
-    queries: slice
-    keys: slice
-    is_causal: bool = False  # each sees the keys up to its own place among them
-    mask: Tensor | None = None  # [queries, keys], 0 where seen and else -inf
-
-    def after(self, tokens: int) -> "Block":
-        """The same behind so many tokens of other sequences."""
-        queries, keys = (slice(x.start + tokens, x.stop + tokens) for x in self[:2])
-        return self._replace(queries=queries, keys=keys)
-
-
-def blocks(
-    q_tokens: int,
-    k_tokens: int,
-    *,
-    causal: bool,
-    window_size: int | None,
-    cu_seqlens: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> list[Block]:
-    """Who sees whom, as `reference.visible` has it; queries without keys are in no block."""
-    if cu_seqlens is not None:
-        own = partial(blocks, causal=causal, window_size=window_size, dtype=dtype)
-        sequences = pairwise(cu_seqlens.tolist())
-        return [x.after(start) for start, end in sequences for x in own(*[end - start] * 2)]
-    behind, ahead = reference.reach(causal, window_size)
-    if ahead:
-        return [Block(slice(0, q_tokens), slice(0, k_tokens))] if q_tokens and k_tokens else []
-    found = []
-    shift = k_tokens - q_tokens  # both sequences end together
-    window = int(min(behind + 1, k_tokens))
-    first = max(0, -shift)
-    if window and shift <= 0:  # until their windows are full, they see all that came before
-        found.append(Block(slice(first, first + window), slice(0, window), is_causal=True))
-        first += window
-    most = min(max(window // 4, _FEWEST_QUERIES), _MOST_QUERIES)
-    while first < q_tokens:
-        end = min(first + most, q_tokens)
-        start = first + shift + 1 - window
-        keys = slice(max(0, start), end + shift)
-        mask = _band(most, window, dtype)[: end - first, keys.start - start : keys.stop - start]
-        found.append(Block(slice(first, end), keys, mask=mask if end - first > 1 else None))
-        first = end
-    return found
-
-
-@lru_cache(maxsize=4)
-def _band(queries: int, window: int, dtype: torch.dtype) -> Tensor:
-    """The mask of so many queries in a row, from the first key that the first of them sees."""
-    k_pos = torch.arange(window + queries - 1)
-    seen = reference.visible(k_pos[window - 1 :], k_pos, window_size=window)
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+_BIASED_QUERIES = 64  # of a block whose mask is made of a bias: it then stays in the cache
+_HIDDEN = -1e30  # a finite bias, as the lse that PyTorch gives rows of -inf alone is 0
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? cu_seqlens, float scale, "
+    "bool causal, int? window"
+)
 
 
 def _by_blocks(*call: Any) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D] and its lse [B, Tq, HQ]; q, k and v are of one width."""
-    q, k, v, _cu_seqlens, scale, *_ = call
+    """o [B, Tq, HQ, D] and its lse [B, Tq, HQ]; q, k and v are of one width.
 
-    def of(rows: slice, keys: slice, is_causal: bool, mask: Tensor | None) -> list[Tensor]:
-        q_t, k_t, v_t = _heads_first(q[:, rows], k[:, keys], v[:, keys])
-        return _heads_first(*_flash(q_t, k_t, v_t, 0.0, is_causal, attn_mask=mask, scale=scale))
+    With a bias of the keys, each query's lse is less that of its own key.
+    """
+    q, k, v, key_bias, _cu_seqlens, scale, *_ = call
+
+    mask = _masks(q, k, key_bias)
+
+    def of(block: Block) -> list[Tensor]:
+        q_t, k_t, v_t = _heads_first(q[:, block.queries], k[:, block.keys], v[:, block.keys])
+        o, lse = _flash(q_t, k_t, v_t, attn_mask=mask(block), scale=scale)
+        if key_bias is not None:
+            sees_any = lse > _HIDDEN / 2
+            o, lse = o.where(sees_any[..., None], 0.0), lse.where(sees_any, -torch.inf)
+        return _heads_first(o, lse)
 
     found = _blocks_of(*call)
     if _is_whole(found, q, k):
-        o, lse = of(*found[0])
+        o, lse = of(found[0])
         return o, lse
     o, lse = q.new_zeros(q.shape), q.new_full(q.shape[:-1], float("-inf"))
     for block in found:
-        o[:, block.queries], lse[:, block.queries] = of(*block)
+        o[:, block.queries], lse[:, block.queries] = of(block)
     return o, lse
 
 
@@ -117,24 +72,28 @@ _forward = operator(
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv."""
     *call, o, lse, do = arguments
-    q, k, v, _cu_seqlens, scale, *_ = call
+    q, k, v, key_bias, _cu_seqlens, scale, *_ = call
+    if key_bias is not None:  # a query of hidden keys alone gives them no weight
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    mask = _masks(q, k, key_bias)
 
-    def of(rows: slice, keys: slice, is_causal: bool, mask: Tensor | None) -> list[Tensor]:
+    def of(block: Block) -> list[Tensor]:
+        rows, keys, _ = block
         do_t, q_t, k_t, v_t, o_t, lse_t = _heads_first(
             do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, rows]
         )
         gradients = _flash_backward(
-            do_t, q_t, k_t, v_t, o_t, lse_t, 0.0, is_causal, attn_mask=mask, scale=scale
+            do_t, q_t, k_t, v_t, o_t, lse_t, 0.0, False, attn_mask=mask(block), scale=scale
         )
         return _heads_first(*gradients)
 
     found = _blocks_of(*call)
     if _is_whole(found, q, k):
-        dq, dk, dv = of(*found[0])
+        dq, dk, dv = of(found[0])
         return dq, dk, dv
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for block in found:
-        dq[:, block.queries], dk_keys, dv_keys = of(*block)
+        dq[:, block.queries], dk_keys, dv_keys = of(block)
         dk[:, block.keys] += dk_keys
         dv[:, block.keys] += dv_keys
     return dq, dk, dv
@@ -144,6 +103,7 @@ def _blocks_of(
     q: Tensor,
     k: Tensor,
     _v: Tensor,
+    key_bias: Tensor | None,
     cu_seqlens: Tensor | None,
     _scale: float,
     causal: bool,
@@ -158,7 +118,23 @@ def _blocks_of(
         window_size=window,
         cu_seqlens=cu_seqlens,
         dtype=q.dtype,
+        most=None if key_bias is None else _BIASED_QUERIES,
     )
+
+
+def _masks(q: Tensor, k: Tensor, key_bias: Tensor | None) -> Callable[[Block], Tensor | None]:
+    """What a block's scores have added: who sees whom, and how the keys' biases differ."""
+    own_bias = Problem(q, k, k, key_bias=key_bias).own_bias
+    if key_bias is None or own_bias is None:
+        return lambda block: block.mask
+    of_key, of_query = (x.transpose(1, 2).contiguous() for x in (key_bias, own_bias))
+
+    def mask(block: Block) -> Tensor:
+        distance = of_key[:, :, None, block.keys] - of_query[:, :, block.queries, None]
+        distance = distance.to(q.dtype).clamp_(min=_HIDDEN)
+        return distance if block.mask is None else distance.add_(block.mask)
+
+    return mask
 
 
 def _is_whole(found: list[Block], q: Tensor, k: Tensor) -> bool:
@@ -181,24 +157,26 @@ class _AttentionFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *ctx.flags, q, k, v, cu_seqlens = inputs[:6]
-        ctx.save_for_backward(q, k, v, cu_seqlens, *output)
-        ctx.plain = inputs[6:]
+        ctx.flags, tensors, ctx.plain = inputs[:2], inputs[2:7], inputs[7:]
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens, o, lse = ctx.saved_tensors
+        q, k, v, key_bias, cu_seqlens, o, lse = ctx.saved_tensors
         with_dlse, with_excess = ctx.flags
+        with_dbias = ctx.needs_input_grad[5]
         width, keys = q.shape[-1], k
-        if with_dlse or with_excess:  # in one more column
-            q, o = F.pad(q, (0, 1)), F.pad(o, (0, 1))
+        if with_dlse or with_excess or with_dbias:  # in one more column, whose scores are 0
+            q, o = F.pad(q, (0, 1), value=float(with_dbias)), F.pad(o, (0, 1))
             v, do = F.pad(v, (0, 1), value=1.0), torch.cat((do, dlse[..., None]), dim=-1)
             k = F.pad(k, (0, 1), value=float(with_excess))  # so that dq has sum_j dS there
-        dq, dk, dv = gradients(_backward, q, k, v, cu_seqlens, *ctx.plain, o, lse, do)
+        dq, dk, dv = gradients(_backward, q, k, v, key_bias, cu_seqlens, *ctx.plain, o, lse, do)
         if with_excess:  # rounding alone, but of scores that are much like the token's own
             dq = torch.addcmul(dq, dq[..., width:], F.pad(keys, (0, 1)), value=-1)
+        scale, *_ = ctx.plain
+        dbias = (dk[..., width] / scale).to(key_bias.dtype) if with_dbias else None
         own = (d[..., :width] for d in (dq, dk, dv))
-        return None, None, *own, *(None,) * (1 + len(ctx.plain))
+        return None, None, *own, dbias, *(None,) * (1 + len(ctx.plain))
 
 
 def attention(
@@ -206,23 +184,21 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """o [B, Tq, HQ, D_V] and its lse [B, Tq, HQ] as `reference.attention` has them.
 
-    The lse has a gradient only if asked to. With the excess, for as many queries as keys, dq leaves
-    out what rounding makes of sum_j dS = 0, as far as the keys are like the query's own.
+    The lse has a gradient only if asked to. With the excess, for as many queries as keys and no
+    bias, dq leaves out what rounding makes of sum_j dS = 0, as far as the keys are like the query's
+    own.
     """
-    sinks, key_bias = problem.sinks, problem.key_bias
-    if key_bias is not None:
-        problem = problem._replace(key_bias=key_bias.double().clamp(min=_HIDDEN))
+    sinks, own_bias = problem.sinks, problem.own_bias
     call = _arguments(problem)
-    if ask_for_gradients(*call[:3]):
+    if ask_for_gradients(*call[:4]):
         o, lse = run(_AttentionFunction, with_dlse or sinks is not None, with_excess, *call)
     else:
         o, lse = _forward(*call)
     o = o[..., : problem.v.shape[-1]]
-    if key_bias is not None:
-        sees_any = lse > _HIDDEN / 2
-        o, lse = torch.where(sees_any[..., None], o, 0.0), torch.where(sees_any, lse, -torch.inf)
     if sinks is not None:
-        o, lse = _with_sinks(o, lse, sinks)
+        o, lse = _with_sinks(o, lse, sinks if own_bias is None else sinks - own_bias)
+    if own_bias is not None:
+        lse = lse + own_bias
     return o.to(problem.v.dtype), lse.to(reference.accumulator(problem.q))
 
 
@@ -232,11 +208,9 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     if q_rope is not None and k_rope is not None:
         shared = repeat(k_rope, "b t d -> b t h d", h=k.shape[2])
         q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, shared), dim=-1)
-    if key_bias is not None:  # one more column of keys, in fp64 as they may differ by much
+    if key_bias is not None and ask_for_gradients(key_bias):  # which differ by query head
         k = k.repeat_interleave(q.shape[2] // max(1, k.shape[2]), dim=2)
-        column = (key_bias.double() / problem.scale)[..., None]
-        q, k = F.pad(q.double(), (0, 1), value=1.0), torch.cat((k.double(), column), dim=-1)
-    return *_operands(q, k, v), *plain
+    return *_operands(q, k, v), key_bias, *plain
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -363,6 +337,8 @@ def _decode_equal(
     else:
         problem = Problem(q, k, v, key_bias=bias, scale=scale, window_size=window_size)
         o, lse = _by_blocks(*_arguments(problem))
+        if sinks is not None and problem.own_bias is not None:
+            sinks = sinks - problem.own_bias
     if sinks is not None:
         o, _ = _with_sinks(o, lse.reshape(batch, tokens, heads), sinks)
     d_v = (k_cache if v_cache is None else v_cache).shape[-1]

@@ -10,7 +10,8 @@ from test_latent import measured
 
 import kernels
 from bench.timing import peak_bytes
-from kernels import checks, reference, sdpa, sums
+from kernels import checks, reference, sums
+from kernels.blocks import blocks
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True)
 EPS = torch.finfo(torch.float32).eps
@@ -22,21 +23,20 @@ EPS = torch.finfo(torch.float32).eps
     st.integers(0, 700),
     st.booleans(),
     st.none() | st.integers(1, 800),
+    st.none() | st.integers(1, 100),
 )
-def test_blocks_hold_exactly_what_is_visible(q_tokens, k_tokens, causal, window):
+def test_blocks_hold_exactly_what_is_visible(q_tokens, k_tokens, causal, window, most):
     """Each pair that is seen is in one block, and no pair that is not."""
     window = window if causal else None
     k_pos = torch.arange(k_tokens)
     q_pos = torch.arange(q_tokens) + k_tokens - q_tokens
     met = torch.zeros(q_tokens, k_tokens, dtype=torch.int)
-    for block in sdpa.blocks(q_tokens, k_tokens, causal=causal, window_size=window):
+    for block in blocks(q_tokens, k_tokens, causal=causal, window_size=window, most=most):
         part = met[block.queries, block.keys]
         assert 0 not in part.shape and part.eq(0).all()
+        assert most is None or len(part) <= most
         seen = torch.ones_like(part, dtype=torch.bool)
-        if block.is_causal:
-            assert part.shape[0] == part.shape[1]
-            seen = seen.tril()
-        elif block.mask is not None:
+        if block.mask is not None:
             assert block.mask.shape == part.shape
             seen = block.mask == 0
             assert (seen | (block.mask == -torch.inf)).all()
@@ -52,7 +52,7 @@ def test_blocks_of_packed_sequences(lengths, window):
     offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     tokens = int(offsets[-1])
     met = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for block in sdpa.blocks(tokens, tokens, causal=True, window_size=window, cu_seqlens=offsets):
+    for block in blocks(tokens, tokens, causal=True, window_size=window, cu_seqlens=offsets):
         met[block.queries, block.keys] = True
     position, sequence = torch.arange(tokens), reference.sequence_index(offsets, tokens)
     seen = reference.visible(
@@ -62,13 +62,15 @@ def test_blocks_of_packed_sequences(lengths, window):
     assert not met[sequence[:, None] != sequence].any()
 
 
-def training(tokens, window, genetic):
+def training(tokens, window, genetic=False, bias=None):
     """Forward and backward of one call."""
     if genetic:
         case = GeneticCase("", tokens=tokens, heads=2, width=32, window_size=window)
         rope = case.rope("cpu")
     else:
-        case = AttentionCase("", q_tokens=tokens, q_heads=2, width=32, window_size=window)
+        case = AttentionCase(
+            "", q_tokens=tokens, q_heads=2, width=32, window_size=window, bias=bias
+        )
     inputs = case.inputs(torch.float32)
     leaves = [x.requires_grad_() for x in inputs.values() if x is not None]
 
@@ -93,12 +95,21 @@ def test_memory_is_linear_under_a_window(window, genetic):
     assert max(sizes) < many**2 / 4
 
 
+@pytest.mark.parametrize("window", [None, 256])
+def test_memory_is_linear_with_a_bias_of_keys(window):
+    few, many = 1024, 2048
+    peaks = {tokens: peak_bytes(training(tokens, window, bias=0.0)) for tokens in (few, many)}
+    assert 1.7 * peaks[few] < peaks[many] < 2.3 * peaks[few]
+    _, _, sizes = measured(training(many, window, bias=0.0))
+    assert max(sizes) < 2 * many**2  # bytes; two heads' masks of all pairs take four times that
+
+
 def test_time_under_a_window_is_not_that_of_all_pairs():
     """Of so many keys few are seen; the operations are counted, which no other work disturbs."""
     pairs = {
         tokens: sum(
             (x.queries.stop - x.queries.start) * (x.keys.stop - x.keys.start)
-            for x in sdpa.blocks(tokens, tokens, causal=True, window_size=256)
+            for x in blocks(tokens, tokens, causal=True, window_size=256)
         )
         for tokens in (4096, 8192)
     }
@@ -146,10 +157,12 @@ def test_large_scores_cost_gradients_no_more_than_the_rounding_of_their_lse(scal
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_opcheck(packed, window):
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_opcheck(biased, packed, window):
     q, k = torch.randn(1, 90, 4, 8, requires_grad=True), torch.randn(1, 90, 2, 8)
     offsets = torch.tensor([0, 20, 90], dtype=torch.int32) if packed else None
-    call = (q.detach(), k, k, offsets, 0.3, True, window)
+    bias = torch.randn(1, 90, 4, dtype=torch.float64).cumsum(1) if biased else None
+    call = (q.detach(), k, k, bias, offsets, 0.3, True, window)
     torch.library.opcheck(torch.ops.smollm_attention.sdpa.default, call)
     o, lse = torch.ops.smollm_attention.sdpa(*call)
     torch.library.opcheck(torch.ops.smollm_attention.sdpa_backward.default, (*call, o, lse, o))
