@@ -99,30 +99,44 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars, one panel per unit and direction."""
+    """Rates on a logarithmic axis, so that ratios are distances; a panel per unit and direction."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     parts: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for unit, rows in by_unit(results).items():
         for row in rows:
             parts[unit, row["direction"]].append(row)
-    most = max(len({row["case"] for row in rows}) for rows in parts.values())
-    size = max(6, most), 4 * len(parts)
-    figure, panels = plt.subplots(len(parts), figsize=size, squeeze=False, layout="constrained")
+    cases = {part: list(dict.fromkeys(row["case"] for row in rows)) for part, rows in parts.items()}
+    systems = list(dict.fromkeys(row["system"] for rows in parts.values() for row in rows))
+    heights = [1 + 0.3 * len(names) for names in cases.values()]
+    figure, panels = plt.subplots(
+        len(parts),
+        figsize=(9, 1 + sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    marks = {}
     for panel, ((unit, direction), rows) in zip(panels[:, 0], parts.items(), strict=True):
-        systems = list(dict.fromkeys(row["system"] for row in rows))
-        cases = list(dict.fromkeys(row["case"] for row in rows))
-        width = 0.8 / len(systems)
+        names = cases[unit, direction]
         for index, system in enumerate(systems):
             shown = [row for row in rows if row["system"] == system]
-            places = [cases.index(row["case"]) + width * index for row in shown]
-            panel.bar(places, [row["rate"] for row in shown], width, label=system)
-        panel.set(title=f"{direction}, {results[device(results)]}", ylabel=unit)
-        panel.set_xticks([n + 0.4 for n in range(len(cases))], cases, rotation=30, ha="right")
-        panel.legend()
+            rates, places = [r["rate"] for r in shown], [names.index(r["case"]) for r in shown]
+            if shown:
+                style = "s" if system.startswith("ours") else "o"
+                (marks[system],) = panel.plot(rates, places, style, color=f"C{index}", alpha=0.8)
+        panel.set(title=direction, xlabel=unit, xscale="log", ylim=(len(names) - 0.5, -0.5))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_yticks(range(len(names)), names)
+        panel.grid(alpha=0.3)
+    figure.suptitle(results[device(results)])
+    figure.legend(marks.values(), marks, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
