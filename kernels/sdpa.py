@@ -36,15 +36,14 @@ def _by_blocks(*call: Any) -> tuple[Tensor, Tensor]:
     With a bias of the keys, each query's lse is less that of its own key.
     """
     q, k, v, key_bias, _cu_seqlens, scale, *_ = call
-
     mask = _masks(q, k, key_bias)
 
     def of(block: Block) -> list[Tensor]:
         q_t, k_t, v_t = _heads_first(q[:, block.queries], k[:, block.keys], v[:, block.keys])
         o, lse = _flash(q_t, k_t, v_t, attn_mask=mask(block), scale=scale)
         if key_bias is not None:
-            sees_any = lse > _HIDDEN / 2
-            o, lse = o.where(sees_any[..., None], 0.0), lse.where(sees_any, -torch.inf)
+            hidden = lse < _HIDDEN / 2
+            o, lse = o.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -torch.inf)
         return _heads_first(o, lse)
 
     found = _blocks_of(*call)

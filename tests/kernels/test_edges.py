@@ -55,6 +55,34 @@ def test_keys_that_no_query_sees_may_hold_nan(impl):
 
 
 @EACH_IMPL
+@pytest.mark.parametrize("bias", [None, 0.0, -torch.inf], ids=["plain", "biased", "hiding"])
+@pytest.mark.parametrize("tokens", [5, 130])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_that_is_seen_is_not_hidden(name, tokens, bias, impl):
+    """A bias hides the first key alone."""
+    inputs = {each: random(1, tokens, 2, 16) for each in "qkv"}
+    inputs[name][0, 3] = torch.nan
+    key_bias = None
+    if bias is not None:
+        key_bias = torch.zeros(1, tokens, 2, device=DEVICE)
+        key_bias[0, 0] = bias
+    o = kernels.attention(**inputs, key_bias=key_bias, impl=impl)
+    rows = slice(3, 4 if name == "q" else None)
+    assert o[0, rows].isnan().all()
+
+
+@EACH_IMPL
+@pytest.mark.parametrize("q_tokens", [None, 3])
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
+def test_nan_that_is_seen_in_decoding_is_not_hidden(name, q_tokens, impl):
+    case = DecodeCase("", lengths=(20, 50), width=16, q_tokens=q_tokens)
+    inputs = case.inputs(torch.float32, DEVICE)
+    place = inputs[name][..., 0, :] if name == "q" else inputs[name][:, 3]
+    place.fill_(torch.nan)
+    assert decode(case, inputs, impl)[..., 0, :].isnan().all()
+
+
+@EACH_IMPL
 @pytest.mark.parametrize("q_tokens", [0, 3], ids=["no-queries", "queries"])
 @pytest.mark.parametrize("sink", [None, 0.5, -torch.inf], ids=["none", "sink", "-inf"])
 def test_no_keys_at_all(sink, q_tokens, impl):
