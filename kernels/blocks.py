@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.core.problem import power_of_2
 
-_FEWEST_QUERIES, _MOST_QUERIES = 64, 256  # of a block under a window
+_FEWEST_QUERIES, _MOST_QUERIES = 64, 256  # of a causal block
 
 
 class Block(NamedTuple):
@@ -46,9 +46,9 @@ def blocks(
         return [x.after(start) for start, end in sequences for x in own(*[end - start] * 2)]
     behind, ahead = reference.reach(causal, window_size)
     if ahead:
-        starts = range(0, q_tokens, most or max(q_tokens, 1)) if k_tokens else ()
-        ends = (min(start + (most or q_tokens), q_tokens) for start in starts)
-        return [Block(slice(*x), slice(0, k_tokens)) for x in zip(starts, ends, strict=True)]
+        size = most or max(q_tokens, 1)
+        starts = range(0, q_tokens if k_tokens else 0, size)
+        return [Block(slice(x, min(x + size, q_tokens)), slice(0, k_tokens)) for x in starts]
     found = []
     shift = k_tokens - q_tokens  # both sequences end together
     window = int(min(behind + 1, power_of_2(max(k_tokens, 1))))  # one mask for many a length
