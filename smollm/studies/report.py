@@ -79,6 +79,8 @@ def headline(about: dict[str, Any]) -> dict[str, str]:
         f"seed {', '.join(map(str, about['config']['seeds'] or [train['seed']]))}{dtype}",
         "Device": f"{several}{about['device']}, torch {about['versions']['torch']}",
     }
+    if swept := about["config"].get("grid"):
+        lines["Swept"] = ", ".join(swept)
     if about["git_commit"] is not None:
         lines["Commit"] = about["git_commit"]
     if corpus["name"] in BUILTINS:

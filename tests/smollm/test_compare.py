@@ -182,6 +182,8 @@ def test_a_sweep_of_which_one_diverges(joined):
     }  # fmt: skip
     text = (joined / "one" / "report.md").read_text()
     assert "- MHA lr=1e30 seed 1 diverged after " in text
+    assert "Swept: lr=1e-3,1e30\n" in text
+    assert "Swept: " not in (joined / "two" / "report.md").read_text()
     assert text.index("Best model by loss") < text.index("| Model |") < text.index("## To repeat")
     assert "![Loss against learning rate](learning_rates.png)" in text
     assert (joined / "one" / "learning_rates.png").exists()
