@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.cycles import tile_cycles
+from bench.cycles import program_cycles, tile_cycles
 from bench.ptx import unfenced_products
 from bench.sass import matrix_loops, parse
 from kernels.core import tiles
@@ -42,7 +42,8 @@ INPUTS = ("g_ptr", "q_ptr", "do_ptr", "o_ptr")  # whose type is that of a kernel
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG")
 MOST_SPILLED = 64  # bytes of a thread; so few cost less than fewer programs or a smaller tile
 MOST_SPILLED_ONCE = 512  # none of them in a loop of products, so once for each program
-TIMED = "forward", "dq", "dq_excess", "dkdv"  # kernels whose cycles are predicted
+# Kernels whose cycles are predicted, of a tile of scores or of a whole program.
+TIMED, TIMED_WHOLE = ("forward", "dq", "dq_excess", "dkdv"), ("totals", "fitness", "share", "dg")
 SERIALISED = "(C7510)", "(C7511)", "(C7512)", "(C7515)"  # ptxas on wgmma
 
 
@@ -64,7 +65,8 @@ class Row:
     ctas_per_sm: int
     instructions: dict[str, int]
     warnings: tuple[str, ...]
-    cycles: tuple[int, int] | None = None  # predicted: 64 x 64 scores, interior and masked
+    # predicted: of 64 x 64 scores, interior and masked, or of a program of fitness
+    cycles: tuple[int, ...] | None = None
     unfenced: int = 0  # wgmma that read registers written behind their fence
     loop_spills: int | None = None  # instructions that spill in the loops of products, if known
 
@@ -169,7 +171,11 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
         warnings=tuple(line for line in log.splitlines() if "(C7" in line),
         unfenced=unfenced_products(kernel.asm["ptx"]),
     )
-    if arch != 90 or row.kernel not in TIMED or row.dtype == "float32" or arguments["IS_VARLEN"]:
+    if arch != 90 or row.dtype == "float32" or arguments.get("IS_VARLEN"):
+        return row
+    if row.kernel in TIMED_WHOLE:
+        return replace(row, cycles=program_cycles(sass, row.num_warps, row.ctas_per_sm))
+    if row.kernel not in TIMED:
         return row
     shape = row.block_m, row.block_n, row.num_warps, row.ctas_per_sm
     loops = matrix_loops(parse(sass))

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bench.sass import Instruction, matrix_loops, parse, unmasked
+from bench.sass import Instruction, matrix_loops, one_pass, parse, unmasked
 
 # Cycles for which an instruction of a warp takes its pipe.
 INTERVAL = {"fma": 1, "alu": 2, "imad": 2, "xu": 8, "uniform": 2, "memory": 4, "control": 1}
@@ -33,7 +33,7 @@ SHARED_BYTES, L2_BYTES = 128, 28.0  # a cycle and SM; of L2, while all SMs read
 ALIKE = 4  # sub-partitions, each with a warp that reads as much
 # How far apart CTAs start; the mean over several is that of CTAs that drift.
 APART = 37, 210, 390, 610, 870, 1130
-PASSES = 24
+PASSES, PROGRAMS = 24, 6  # in a row: of a loop, and the programs of a whole kernel
 
 
 @dataclass
@@ -161,16 +161,17 @@ class Partition:
         )
 
 
-def steady_cycles(body: Sequence[Instruction], warps: int, ctas: int) -> float:
+def steady_cycles(
+    body: Sequence[Instruction], warps: int, ctas: int, passes: int = PASSES
+) -> float:
     """Cycles of an SM per pass of a loop of one CTA, while so many CTAs are resident."""
-    few, total = PASSES // 3, 0.0
+    few, total = passes // 3, 0.0
     starts = APART if ctas > 1 else (0,)
     for apart in starts:
         short, long = (
-            Partition(apart).run(list(body) * passes, warps, ctas, apart)
-            for passes in (few, PASSES)
+            Partition(apart).run(list(body) * count, warps, ctas, apart) for count in (few, passes)
         )
-        total += (long - short) / ((PASSES - few) * ctas)
+        total += (long - short) / ((passes - few) * ctas)
     return total / len(starts)
 
 
@@ -185,3 +186,9 @@ def tile_cycles(
     size = block_m * block_n / 64**2
     interior, masked = (steady_cycles(b, warps, ctas) / size for b in (unmasked(body), body))
     return round(interior), round(masked)
+
+
+def program_cycles(listing: str, warps: int, ctas: int) -> tuple[int] | None:
+    """Cycles of an SM per program of a kernel, of many in a row, that pass each loop once."""
+    path = one_pass(parse(listing))
+    return (round(steady_cycles(path, warps, ctas, PROGRAMS)),) if path and ctas else None

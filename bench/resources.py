@@ -8,7 +8,8 @@ behind the fence, needs more shared memory than the architecture has, or misses 
 decode and fitness by their padded widths; leave it running.
 
 Of the matrix loops of attention on sm_90 it prints the cycles, interior / masked, that
-`bench.cycles` predicts; `--rank` orders by them the tiles of `bench.candidates`, faulty ones last.
+`bench.cycles` predicts, of fitness those of a program; `--rank` orders by attention's the tiles of
+`bench.candidates`, faulty ones last.
 """
 
 import argparse

@@ -164,6 +164,21 @@ def matrix_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
     ]
 
 
+def one_pass(code: Sequence[Instruction]) -> list[Instruction]:
+    """The path through each loop once, and past what other branches forward may skip."""
+    end = max((n for n, i in enumerate(code) if i.name == "EXIT"), default=len(code) - 1)
+    kept, until = [], 0
+    loops = [i.address for i in code[:end] if i.target is not None and i.target < i.address]
+    for i in code[: end + 1]:
+        if i.address < until:
+            continue
+        kept.append(i)
+        if i.target is not None and i.address < i.target <= code[end].address:
+            enters = any(i.address < address < i.target for address in loops)
+            until = until if enters else i.target
+    return kept
+
+
 def unmasked(body: Sequence[Instruction]) -> list[Instruction]:
     """A loop's body without what its own forward branches skip: the mask of an edge tile."""
     kept, until = [], 0

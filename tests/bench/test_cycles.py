@@ -3,7 +3,7 @@
 import pytest
 
 from bench import cycles
-from bench.sass import matrix_loops, parse, unmasked
+from bench.sass import matrix_loops, one_pass, parse, unmasked
 
 # As cuobjdump prints it; the control codes were read by hand.
 PRINTED = """
@@ -98,6 +98,28 @@ def test_the_loop_of_products_and_its_mask():
     assert [i.name for i in unmasked(body)] == ["HGMMA", "BRA", "FADD", "BRA"]
 
 
+STRAIGHT = listing(
+    ("@P0 BRA 0x30",),  # around a loop
+    ("FADD R0, R0, R1",),  # 0x10
+    ("@P1 BRA 0x10",),
+    ("@P2 EXIT",),
+    ("@P3 BRA 0x60",),  # 0x40, around what few need
+    ("FSEL R0, R1, R2, P1",),
+    ("@P4 BRA 0xa0",),  # 0x60, to what few need
+    ("FMUL R0, R0, R1",),
+    ("EXIT",),
+    ("BRA 0x90",),
+    ("FADD R0, R1, R2",),  # 0xa0
+    ("BRA 0x70",),
+)
+
+
+def test_a_program_passes_its_loops_once():
+    """It enters them, and skips what another branch may skip."""
+    path = [0x00, 0x10, 0x20, 0x30, 0x40, 0x60, 0x70, 0x80]
+    assert [i.address for i in one_pass(parse(STRAIGHT))] == path
+
+
 def test_a_chain_takes_its_latencies():
     """Each waits for the one before: by its scoreboard, or by the stall that the compiler set."""
     assert per_pass(*CHAIN) == pytest.approx(cycles.XU_LATENCY + 4, rel=0.01)
@@ -178,3 +200,15 @@ def test_cycles_are_of_64_by_64_scores():
     assert smaller == pytest.approx((2 * interior, 2 * edge), abs=1)
     assert cycles.tile_cycles(listing(("EXIT",)), 64, 64, warps=4, ctas=1) is None
     assert cycles.tile_cycles(masked, 64, 64, warps=4, ctas=0) is None
+
+
+def test_a_program_takes_the_cycles_of_its_path():
+    work = [("MUFU.EX2 R0, R0", 1, 0, (0,))] * 50
+    for ctas in (1, 2):
+        alone = listing(*work, ("EXIT",))
+        skipping = listing(("@P0 BRA 0x20",), ("FSEL R0, R1, R2, P1", 15), *work, ("EXIT",))
+        for text in (alone, skipping):
+            (taken,) = cycles.program_cycles(text, 4, ctas)
+            assert taken == pytest.approx(50 * cycles.XU_LATENCY / ctas, rel=0.05)
+    assert cycles.program_cycles(alone, 4, ctas=0) is None
+    assert cycles.program_cycles("", 4, ctas=1) is None
