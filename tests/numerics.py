@@ -74,7 +74,7 @@ def assert_parity(
     """Hold every output and gradient of op to the tolerance, with fresh upstream gradients."""
     with torch.no_grad():
         shapes = oracle(**inputs)
-    upstream = {name: torch.randn_like(out) for name, out in shapes.items()}
+    upstream = {n: torch.randn_like(x, device="cpu").to(x.device) for n, x in shapes.items()}
     actual = outputs_and_gradients(op, inputs, upstream)
     twin = outputs_and_gradients(oracle, inputs, upstream)
     truth = outputs_and_gradients(oracle, inputs, upstream, torch.float64)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import draw_bias, random_tensor, sequence_offsets
+from .tensors import draw_bias, normal, random_tensor, sequence_offsets
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class AttentionCase:
             "k": draw(self.batch, k_tokens, self.k_heads, self.width),
             "v": draw(self.batch, k_tokens, v_heads, self.d_v),
             "cu_seqlens": sequence_offsets(self.lengths, device),
-            "sinks": torch.randn(self.q_heads, device=device) if self.sinks else None,
+            "sinks": normal(self.q_heads, device=device) if self.sinks else None,
             "key_bias": draw_bias(self.bias, k_tokens, self.q_heads, self.batch, dtype, device),
         }
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import draw_bias, random_parts, random_tensor
+from .tensors import draw_bias, normal, random_parts, random_tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DecodeCase:
             "k_cache": random_tensor((batch, self.rows, self.k_heads, self.width), *how),
             "v_cache": random_tensor((batch, self.rows, v_heads, v_width), *how),
             "cache_lengths": lengths,
-            "sinks": torch.randn(self.q_heads, device=device) if self.sinks else None,
+            "sinks": normal(self.q_heads, device=device) if self.sinks else None,
             "key_bias": bias,
         }
 

@@ -61,7 +61,7 @@ class GeneticCase:
             "g": random_tensor(genes, *how),
             "e": random_tensor(genes, *how) if self.environment == "query" else None,
             "v": random_tensor((*tokens, v_heads, v_width), *how),
-            "selection_pressure": 1 + 4 * torch.rand(self.heads, device=device),
+            "selection_pressure": 1 + 4 * torch.rand(self.heads).to(device),
             "cu_seqlens": sequence_offsets(self.lengths, device),
         }
 
@@ -179,7 +179,7 @@ class GeneticDecodeCase(DecodeCase):
         return {
             "g": random_tensor(genes, *how),
             "e": random_tensor(genes, *how) if self.environment == "query" else None,
-            "selection_pressure": 1 + 4 * torch.rand(heads, device=device),
+            "selection_pressure": 1 + 4 * torch.rand(heads).to(device),
             "g_cache": 3 * random_tensor(ring, *how),
             "k_cache": random_tensor(ring, *how),
             "v_cache": random_tensor((batch, self.rows, v_heads, v_width), *how),

@@ -1,7 +1,17 @@
 """Random inputs of the cases."""
 
+import math
+
 import torch
 from torch import Tensor
+
+DRAWN_BY_CPU = 1 << 24  # numbers, above which a GPU draws its own in a fraction of the time
+
+
+def normal(*shape: int, device: str) -> Tensor:
+    """Normal numbers, the same on every device unless they are very many."""
+    few = math.prod(shape) <= DRAWN_BY_CPU
+    return torch.randn(shape, device="cpu" if few else device).to(device)
 
 
 def random_tensor(
@@ -9,9 +19,9 @@ def random_tensor(
 ) -> Tensor:
     """Normal numbers; unless contiguous, heads before tokens and a gap behind every row."""
     if contiguous:
-        return torch.randn(shape, device=device).to(dtype)
+        return normal(*shape, device=device).to(dtype)
     *outer, tokens, heads, width = shape
-    x = torch.randn(*outer, heads, tokens, width + 16, device=device).to(dtype)
+    x = normal(*outer, heads, tokens, width + 16, device=device).to(dtype)
     return x[..., :width].transpose(-3, -2)
 
 
@@ -23,7 +33,7 @@ def random_parts(
     contiguous: bool,
 ) -> list[Tensor]:
     """Two random tensors; unless contiguous, slices of one, as a projection's output is split."""
-    joined = torch.randn(*shape, sum(widths), device=device).to(dtype)
+    joined = normal(*shape, sum(widths), device=device).to(dtype)
     return [x.contiguous() if contiguous else x for x in torch.split(joined, widths, dim=-1)]
 
 
@@ -35,7 +45,7 @@ def draw_bias(
         return None
     position = start + torch.arange(tokens, dtype=torch.float64, device=device)[:, None]
     slope = 0.3 / (1 + torch.arange(heads, device=device))
-    bias = position * slope + torch.randn(batch, tokens, heads, device=device)
+    bias = position * slope + normal(batch, tokens, heads, device=device)
     return bias if start else bias.to(torch.promote_types(dtype, torch.float32))
 
 
