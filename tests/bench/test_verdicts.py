@@ -1,6 +1,7 @@
 """The verdicts of the study of genetic attention, of runs whose truth is known."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,20 @@ def test_the_plan_names_the_cells_that_the_files_have():
     plan = (folder / "plan.md").read_text(encoding="utf-8")
     for name in {*verdicts.NEAR, *verdicts.ENVIRONMENTS, *sum(verdicts.PARTS.values(), ())}:
         assert f"| `{name}` |" in plan
+
+
+def test_the_findings_are_what_the_runs_say(capsys):
+    """Every mean with its spread, every interval below the subject, and the table of recall."""
+    folder = Path(verdicts.__file__).parent
+    found = (folder / "findings.md").read_text(encoding="utf-8")
+    sizes = [verdicts.cells_of(folder / size) for size in ("small", "large")]
+    for name in sizes[1]:
+        row = f"| `{name}` |"
+        for cells in sizes:
+            losses = cells[name].by_seed("val_loss").values()
+            less = "" if name == "mga" else str(verdicts.gap(cells, name, "mga"))
+            row += f" {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} | {less} |"
+        assert f"{row}\n" in found, name
+    assert verdicts.main([str(folder / name) for name in ("small", "large", "recalled")]) == 0
+    printed = capsys.readouterr().out
+    assert printed[printed.index("| cell | rate |") : printed.index("\n- MGA against")] in found
