@@ -111,12 +111,16 @@ def test_command_line(tmp_path, capsys, monkeypatch):
                                 seconds=1.0, tokens_per_second=1.0, val_loss=1.08)]  # fmt: skip
     folders = [write(tmp_path / name, found) for name, found in (
         ("small", small), ("large", small), ("recall", recall))]  # fmt: skip
-    assert verdicts.main(folders) == 0
+    figure = tmp_path / "cells.png"
+    assert verdicts.main([*folders, "--figure", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
     assert text.count("| `mha-decay` | 1,000 | 0.004 | 3.15") == 2
     assert "- MGA against MHA with locality: not better: mha-decay is equal to the better" in text
     assert "- environment of `mga`: " in text and "- environment of `mga-none`: dropped" in text
     assert "- fitness (`mga` less it is `mga-unfit`): works" in text  # as it recalls less
+    with pytest.raises(SystemExit):
+        verdicts.main([*folders[:2], "--figure", str(figure)])
     assert verdicts.main(folders[:1]) == 0
     assert "MGA against" not in capsys.readouterr().out
     small[0].config["lr"] = 2e-3

@@ -1,7 +1,8 @@
 """The verdicts of plan.md, read off the runs.
 
-`python -m bench.studies.mga.verdicts SMALL LARGE RECALL` prints them and their tables as Markdown
-from the folders of the three studies, or from what there is of them yet.
+`python -m bench.studies.mga.verdicts SMALL LARGE RECALL [--figure cells.png]` prints them and their
+tables as Markdown from the folders of the three studies, or from what there is of them yet, and
+draws what all three have.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.studies.mga.recall import RESULTS, Bounds
 from smollm.studies.compare import Group, differences, group
@@ -188,12 +189,53 @@ def _rate(each: Group) -> str:
     return f"{(each.runs[0].config or {}).get('lr', math.nan):g}"
 
 
+def draw(sizes: dict[str, Cells], recalled: dict[str, list[float]], path: Path) -> None:
+    """A row for each cell, the best of the last size on top, a panel for each size and recall."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    last = list(sizes.values())[-1]
+    names = sorted(last, key=lambda name: -_mean(last, name))
+    figure, panels = plt.subplots(
+        1, len(sizes) + 1, figsize=(10, 4.2), sharey=True, layout="constrained"
+    )
+    for panel, (size, cells) in zip(panels, sizes.items(), strict=False):
+        base = cells[SUBJECT].by_seed("val_loss")
+        for row, name in enumerate(names):
+            if name in cells:
+                losses = cells[name].by_seed("val_loss")
+                _dots(panel, row, [loss - base[seed] for seed, loss in losses.items()])
+                if name != SUBJECT:
+                    mean, low, high = gap(cells, name, SUBJECT)
+                    panel.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color="C0",
+                                   capsize=3, fmt="|")  # fmt: skip
+        panel.axvline(0, color="0.6", linewidth=1)
+        panel.set(title=size, xlabel=f"nats above {SUBJECT}")
+    for row, name in enumerate(names):
+        _dots(panels[-1], row, recalled.get(name, []))
+    panels[-1].set(title="recall", xlabel="share recalled", xlim=(-0.03, 1.03))
+    panels[0].set_yticks(range(len(names)), names)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _dots(panel: Any, row: int, values: Sequence[float]) -> None:
+    panel.plot(values, [row] * len(values), "o", color="C1", markersize=4, alpha=0.6)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.mga.verdicts")
     for name in ("small", "large", "recall"):
         parser.add_argument(name, type=Path, nargs="?", metavar=name.upper(), help="its folder")
+    parser.add_argument("--figure", type=Path, help="also draw all cells here, of all three")
     given = parser.parse_args(argv)
+    if given.figure and not given.recall:
+        parser.error("--figure: expected all three folders")
     known = json.loads(RESULTS.read_text(encoding="utf-8"))
     bounds = Bounds(**{field.name: known[field.name] for field in fields(Bounds)})
     try:
@@ -204,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"verdicts: {error}", file=sys.stderr)
         return 2
     print("\n".join(tables(sizes, recall, bounds)))
+    if given.figure:
+        draw(sizes, recalled_of(recall, bounds), given.figure)
     return 0
 
 
