@@ -72,12 +72,22 @@ def assert_parity(
     inputs: Mapping[str, Tensor | None],
 ) -> None:
     """Hold every output and gradient of op to the tolerance, with fresh upstream gradients."""
+    actual, twin, truth = three_ways(op, oracle, inputs)
+    assert actual.keys() == truth.keys()
+    for name in truth:
+        assert_close_to_truth(actual[name], twin[name], truth[name], name)
+
+
+def three_ways(
+    op: Callable[..., Mapping[str, Tensor]],
+    oracle: Callable[..., Mapping[str, Tensor]],
+    inputs: Mapping[str, Tensor | None],
+) -> tuple[Outputs, Outputs, Outputs]:
+    """Outputs and gradients of op, of the twin and in truth."""
     with torch.no_grad():
         shapes = oracle(**inputs)
     upstream = {n: torch.randn_like(x, device="cpu").to(x.device) for n, x in shapes.items()}
     actual = outputs_and_gradients(op, inputs, upstream)
     twin = outputs_and_gradients(oracle, inputs, upstream)
     truth = outputs_and_gradients(oracle, inputs, upstream, torch.float64)
-    assert actual.keys() == truth.keys()
-    for name in truth:
-        assert_close_to_truth(actual[name], twin[name], truth[name], name)
+    return actual, twin, truth

@@ -69,7 +69,7 @@ class LatentCase:
 
 LATENT_CASES = [
     LatentCase("smollm", tokens=40, heads=9),
-    LatentCase("deepseek", tokens=20, nope=128, rope=64, v_width=128),
+    LatentCase("deepseek", tokens=40, nope=128, rope=64, v_width=128),
     LatentCase("rope-free", rope=0),
     LatentCase("widths-40-8-24", nope=40, rope=8, v_width=24),
     LatentCase("widths-16-64-16", nope=16, rope=64, v_width=16),

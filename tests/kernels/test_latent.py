@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 from cases import LATENT_CASES, LatentCase
-from numerics import assert_parity
+from numerics import assert_parity, three_ways
 from test_attention import DEVICE, EACH_FUSED, _outputs_start_as_nan, random  # noqa: F401 (autouse)
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
 
 BY_NAME = {case.name: case for case in LATENT_CASES}
+PEAKED = "scale"  # whose rows few keys take
 ALL_CASES = pytest.mark.parametrize("case", LATENT_CASES, ids=lambda case: case.name)
 
 
@@ -48,6 +49,16 @@ def test_parity_in_bfloat16(case, impl):
 @cases("window-in-block")
 def test_parity_in_float16(case, impl):
     assert_case_parity(case, torch.float16, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_rows_that_few_keys_take_err_less_than_twice_as_much(dtype):
+    """In half precision, where delta is that of o as stored, as in every flash attention."""
+    case = BY_NAME[PEAKED]
+    found = three_ways(attend(case), attend(case, "eager"), case.inputs(dtype, DEVICE))
+    for name, truth in found[2].items():
+        error, twin_error = (float((x[name] - truth).detach().norm()) for x in found[:2])
+        assert error < 2 * twin_error, name
 
 
 @EACH_FUSED
