@@ -11,6 +11,7 @@ from kernels import reference
 from kernels.core.problem import power_of_2
 
 _FEWEST_QUERIES, _MOST_QUERIES = 64, 256  # of a causal block
+_MOST_MASKED = 4096  # keys of a mask that caches still hold; PyTorch's causal kernel has none
 
 
 class Block(NamedTuple):
@@ -19,6 +20,7 @@ class Block(NamedTuple):
     queries: slice
     keys: slice
     mask: Tensor | None = None  # [queries, keys], 0 where seen and else -inf
+    is_causal: bool = False  # instead: each of as many queries sees the keys up to its own
 
     def after(self, tokens: int) -> "Block":
         """The same behind so many tokens of other sequences."""
@@ -52,6 +54,8 @@ def blocks(
     found = []
     shift = k_tokens - q_tokens  # both sequences end together
     window = int(min(behind + 1, power_of_2(max(k_tokens, 1))))  # one mask for many a length
+    if shift == 0 and window >= k_tokens > _MOST_MASKED and most is None:
+        return [Block(slice(0, q_tokens), slice(0, k_tokens), is_causal=True)]
     first = max(0, -shift)
     most = most or min(max(window // 4, _FEWEST_QUERIES), _MOST_QUERIES)
     while first < q_tokens:

@@ -40,7 +40,7 @@ def _by_blocks(*call: Any) -> tuple[Tensor, Tensor]:
 
     def of(block: Block) -> list[Tensor]:
         q_t, k_t, v_t = _heads_first(q[:, block.queries], k[:, block.keys], v[:, block.keys])
-        o, lse = _flash(q_t, k_t, v_t, attn_mask=mask(block), scale=scale)
+        o, lse = _flash(q_t, k_t, v_t, 0.0, block.is_causal, attn_mask=mask(block), scale=scale)
         if key_bias is not None:
             hidden = lse < _HIDDEN / 2
             o, lse = o.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -torch.inf)
@@ -77,12 +77,12 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     mask = _masks(q, k, key_bias)
 
     def of(block: Block) -> list[Tensor]:
-        rows, keys, _ = block
+        rows, keys, _, is_causal = block
         do_t, q_t, k_t, v_t, o_t, lse_t = _heads_first(
             do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, rows]
         )
         gradients = _flash_backward(
-            do_t, q_t, k_t, v_t, o_t, lse_t, 0.0, False, attn_mask=mask(block), scale=scale
+            do_t, q_t, k_t, v_t, o_t, lse_t, 0.0, is_causal, attn_mask=mask(block), scale=scale
         )
         return _heads_first(*gradients)
 

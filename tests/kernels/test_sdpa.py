@@ -1,15 +1,19 @@
 """What the implementation for CPUs keeps beyond the parity that it shares with the kernels."""
 
+from unittest import mock
+
 import pytest
 import torch
 from cases import AttentionCase, GeneticCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import outputs_and_gradients
+from test_attention import assert_case_parity, cases
 from test_latent import measured
 
 import kernels
 from bench.timing import peak_bytes
+from kernels import blocks as blocks_of_keys
 from kernels import checks, reference, sums
 from kernels.blocks import blocks
 
@@ -24,19 +28,25 @@ EPS = torch.finfo(torch.float32).eps
     st.booleans(),
     st.none() | st.integers(1, 800),
     st.none() | st.integers(1, 100),
+    st.sampled_from([blocks_of_keys._MOST_MASKED, 100]),
 )
-def test_blocks_hold_exactly_what_is_visible(q_tokens, k_tokens, causal, window, most):
+def test_blocks_hold_exactly_what_is_visible(q_tokens, k_tokens, causal, window, most, masked):
     """Each pair that is seen is in one block, and no pair that is not."""
     window = window if causal else None
     k_pos = torch.arange(k_tokens)
     q_pos = torch.arange(q_tokens) + k_tokens - q_tokens
     met = torch.zeros(q_tokens, k_tokens, dtype=torch.int)
-    for block in blocks(q_tokens, k_tokens, causal=causal, window_size=window, most=most):
+    with mock.patch.object(blocks_of_keys, "_MOST_MASKED", masked):
+        found = blocks(q_tokens, k_tokens, causal=causal, window_size=window, most=most)
+    for block in found:
         part = met[block.queries, block.keys]
         assert 0 not in part.shape and part.eq(0).all()
         assert most is None or len(part) <= most
         seen = torch.ones_like(part, dtype=torch.bool)
-        if block.mask is not None:
+        if block.is_causal:
+            assert block.mask is None
+            seen = seen.tril()
+        elif block.mask is not None:
             assert block.mask.shape == part.shape
             seen = block.mask == 0
             assert (seen | (block.mask == -torch.inf)).all()
@@ -44,6 +54,13 @@ def test_blocks_hold_exactly_what_is_visible(q_tokens, k_tokens, causal, window,
         met[block.queries, block.keys] += seen.int()
     expected = reference.visible(q_pos, k_pos, causal=causal, window_size=window)
     assert torch.equal(met, expected.int())
+
+
+@cases("smollm", "tokens-129", "window-over-T", "packed", "fewer-queries", "value-heads-8-4-2",
+       "sinks", "bias")  # fmt: skip
+def test_long_sequences_take_no_mask(case, monkeypatch):
+    monkeypatch.setattr(blocks_of_keys, "_MOST_MASKED", 30)
+    assert_case_parity(case, torch.float32, "sdpa")
 
 
 @MANY
