@@ -13,12 +13,20 @@ from rich.table import Table
 from smollm.data import BUILTINS
 from smollm.files import write_atomically
 from smollm.studies import folder as places
-from smollm.studies.compare import Group, at_their_best, differences, group, speed_ups
+from smollm.studies.compare import (
+    Difference,
+    Group,
+    at_their_best,
+    differences,
+    group,
+    speed_ups,
+)
 from smollm.training.record import Run
 
 Format = Callable[[Any], str]
 Noise = dict[str, tuple[float, int]]  # by device
 WIDE = 5  # so many groups are columns of the terminal's table, more are rows
+MANY_PAIRS = 15  # of six groups; of more not every pair is worth a line
 
 
 def _mib(value: float) -> str:
@@ -195,12 +203,19 @@ def best_lines(groups: Sequence[Group]) -> list[str]:
 
 
 def verdict_lines(groups: Sequence[Group]) -> list[str]:
-    """What the losses say: every pair with the seeds to tell it, and the speed-ups."""
+    """What the losses say: each pair with the seeds to tell it, and the speed-ups.
+
+    Of many pairs those of the best, at its tokens, and those of the first group's mechanism.
+    """
     chosen = at_their_best(groups)
     pairs = [pair for pair in differences(chosen) if pair.low is not None]
-    lines = [str(pair) for pair in pairs]
-    if len(pairs) > 1:
-        lines.append(f"Each of these {len(pairs)} intervals holds by itself, not all at once")
+    told = _foremost(pairs, groups[0].mechanism) if len(pairs) > MANY_PAIRS else pairs
+    lines = [str(pair) for pair in told]
+    if len(told) > 1:
+        of_all = f" of {len(pairs)}" if len(told) < len(pairs) else ""
+        lines.append(
+            f"Each of these {len(told)}{of_all} intervals holds by itself, not all at once"
+        )
     if not pairs and sum(bool(each.finished) for each in chosen) > 1:
         lines.append("No spread is known of one seed: `--seeds 1 2 3` tells differences from luck")
     law, found = speed_ups(groups)
@@ -208,6 +223,16 @@ def verdict_lines(groups: Sequence[Group]) -> list[str]:
         lines.append(f"{groups[0].title.split()[0]}'s law: {law}")
         lines += [f"Effective speed-up against it, {speed_up}" for speed_up in found]
     return lines
+
+
+def _foremost(pairs: Sequence[Difference], baseline: str) -> list[Difference]:
+    best = {pair.ours.mean("tokens"): pair.ours for pair in reversed(pairs)}
+    return [
+        pair
+        for pair in pairs
+        if pair.ours is best[pair.ours.mean("tokens")]
+        or baseline in (pair.ours.mechanism, pair.theirs.mechanism)
+    ]
 
 
 def unfinished_lines(runs: Sequence[Run]) -> list[str]:

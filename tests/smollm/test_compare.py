@@ -161,6 +161,17 @@ def test_an_effective_speed_up_is_how_much_more_the_baseline_needs():
     assert speed_ups(group([r for r in runs if r.tokens != 1000])) == (None, [])
 
 
+@pytest.mark.parametrize(("count", "told"), [(6, "15"), (7, "11 of 21")])
+def test_of_many_variants_the_best_and_the_first_are_compared_with_each(count, told):
+    losses = {"mha": 3.5} | {f"mha-{n}": 3 + n / 10 for n in range(count - 1)}
+    runs = [run for name, loss in losses.items() for run in seeds(name, loss, (0.0, 0.1))]
+    *pairs, last = report.verdict_lines(group(runs))
+    assert last == f"Each of these {told} intervals holds by itself, not all at once"
+    assert len(pairs) == int(told.split()[0])
+    of_others = [pair for pair in pairs if "MHA" not in pair and not pair.startswith("mha-0 ")]
+    assert bool(of_others) == (count == 6)
+
+
 @pytest.fixture(scope="module")
 def joined(data_dir, tmp_path_factory):
     """Two studies: a sweep over rates of which one diverges, and one more seed of it."""
