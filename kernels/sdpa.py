@@ -43,12 +43,13 @@ def _by_blocks(*call: Any) -> tuple[Tensor, Tensor]:
         o, lse = _flash(q_t, k_t, v_t, 0.0, block.is_causal, attn_mask=mask(block), scale=scale)
         if key_bias is not None:
             hidden = lse < _HIDDEN / 2
-            o, lse = o.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -torch.inf)
+            o.masked_fill_(hidden[..., None], 0.0)
+            lse.masked_fill_(hidden, -torch.inf)
         return _heads_first(o, lse)
 
     found = _blocks_of(*call)
     if _is_whole(found, q, k):
-        o, lse = of(found[0])
+        o, lse = (x.contiguous() for x in of(found[0]))
         return o, lse
     o, lse = q.new_zeros(q.shape), q.new_full(q.shape[:-1], float("-inf"))
     for block in found:
@@ -88,7 +89,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     found = _blocks_of(*call)
     if _is_whole(found, q, k):
-        dq, dk, dv = of(found[0])
+        dq, dk, dv = (x.contiguous() for x in of(found[0]))
         return dq, dk, dv
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for block in found:

@@ -7,6 +7,9 @@ import pytest
 import torch
 from cases import AttentionCase, DecodeCase, GeneticCase, GeneticDecodeCase, LatentCase
 from test_attention import DEVICE, EACH_IMPL, FUSED, _outputs_start_as_nan  # noqa: F401 (autouse)
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kernels
 
@@ -151,6 +154,37 @@ def test_a_view_counts_as_its_copy(view, op, impl):
     views = {name: view(name, x) for name, x in op.inputs().items()}
     copies = {name: x.contiguous() for name, x in views.items()}
     assert_same(results(op, impl, views), results(op, impl, copies), impl)
+
+
+class ComparedWithFakes(TorchDispatchMode):
+    """Each of our operators' results has the shape, type and strides that its fake says."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = 0
+
+    def __torch_dispatch__(self, overload, types, arguments=(), kwargs=None):
+        real = overload(*arguments, **(kwargs or {}))
+        if overload.namespace == "smollm_attention":
+            self.met += 1
+            with FakeTensorMode() as mode:
+                fake = overload(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+            for x, y in zip(tree_leaves(real), tree_leaves(fake), strict=True):
+                assert (x.shape, x.dtype) == (y.shape, y.dtype), overload
+                known = [n for n, size in enumerate(x.shape) if size > 1] if x.numel() else []
+                assert [x.stride(n) for n in known] == [y.stride(n) for n in known], overload
+        return real
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@EACH_OP
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_results_lie_as_compilers_are_told(view, op, impl):
+    """Whose views of them fail, or read elsewhere, where they do not."""
+    views = {name: view(name, x) for name, x in op.inputs().items()}
+    with ComparedWithFakes() as compared:
+        results(op, impl, views)
+    assert compared.met or (impl == "sdpa" and not op.differentiable)  # a decode on a CPU has none
 
 
 def upstreams(outputs):
