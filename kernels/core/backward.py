@@ -209,7 +209,7 @@ def _key_gradients(
         delta_ptr += turns * q_tokens
         if BIAS_PARTS:
             dbias += tl.sum(dscores, 1)
-            tl.store(dbias_ptr + key, dbias, mask=(key < k_tokens) & (turns != 0))
+            tl.store(dbias_ptr + key, dbias, mask=key < tl.where(turns != 0, k_tokens, 0))
             dbias = tl.where(turns != 0, 0.0, dbias)
             bias_ptr += turns * BIAS_PARTS * k_tokens
             dbias_ptr += turns * k_tokens
