@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -66,12 +67,12 @@ for first, again, port in json.loads(sys.argv[1]):
 
 @contextmanager
 def two_processes(arguments):
-    """torchrun, which is killed with its processes when the block ends."""
+    """torchrun, which is killed with its processes, and its logs' folder, when the block ends."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                "--local-addr=127.0.0.1"]  # fmt: skip
-    with subprocess.Popen(
+    with TemporaryDirectory() as logs, subprocess.Popen(
         [*command, "train.py", *arguments], cwd=ROOT, text=True, start_new_session=True,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT), "TMPDIR": logs},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
