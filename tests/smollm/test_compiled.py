@@ -115,9 +115,8 @@ def test_a_graph_has_no_padding_beside_a_cache():
 
 def test_a_graph_of_unlike_layers_under_autocast_keeps_each_blocks_input_alone():
     model = build([MECHANISMS[name]() for name in ("mha", "mla", "mga")])
-    network, _ = whole(
-        model, "aot_eager"
-    )  # PyTorch 2.11 keeps all without the tracing of gradients
+    # Without the tracing of gradients PyTorch 2.11 keeps all.
+    network, _ = whole(model, "aot_eager")
     ids = torch.randint(VOCAB, (2, 32))
 
     def step(f, enabled=True):
