@@ -65,21 +65,20 @@ def attention_rows(
 ) -> list[Row]:
     """Compile the attention core as its launchers do: 9 query heads over 3, or MLA's 9; a window.
 
-    With rope, that many columns of queries and keys beside width are rotary; without, a second dq
-    sums its excess for MGA, which takes the most registers, and packed sequences have sinks.
+    With rope, that many columns of queries and keys beside width are rotary; without, packed
+    sequences have sinks and a second dq sums its excess for MGA, which takes the most registers.
     """
     problem = _problem(width, dtype, rope, packed, biased)
-    without = problem._replace(sinks=None)  # which would make the first dq another second one
     with compiling(arch) as rows:
-        o, lse = launch_forward(problem)
+        o, lse, rest = launch_forward(problem, with_rest=True)
         short = tiles.HALF_PRECISION[arch].get("short_forward", {})
         one_tile = biased or dtype == torch.float32  # whatever the window
         if not one_tile and padded_width(width) + rope <= max(short, default=0):
-            launch_forward(problem._replace(window_size=SHORT_WINDOW))
-        launch_backward(without, o, lse, o, lse, with_excess=False)
-    if not rope and not biased:  # whose dq has summed it already
+            launch_forward(problem._replace(window_size=SHORT_WINDOW), with_rest=True)
+        launch_backward(problem, o, lse, rest, o, lse, with_excess=False)
+    if not rope and not biased:  # as MGA is
         with compiling(arch, "dq") as more:
-            launch_backward(without, o, lse, o, lse, with_excess=True)
+            launch_backward(problem, o, lse, rest, o, lse, with_excess=True)
         rows += more
     return rows
 
@@ -136,11 +135,11 @@ def _direction_rows(arch: int, direction: tiles.Direction, problem: Problem) -> 
         if kernel in ("dq", "dkdv"):
             o = problem.q.new_empty(*problem.q.shape[:3], problem.v.shape[-1])
             lse = new_lse(problem.q)
-            launch_backward(problem, o, lse, o, lse, with_excess=False)
+            launch_backward(problem, o, lse, o, o, lse, with_excess=False)
         elif direction == "short_forward":
-            launch_forward(problem._replace(window_size=SHORT_WINDOW))
+            launch_forward(problem._replace(window_size=SHORT_WINDOW), with_rest=True)
         else:
-            launch_forward(problem)
+            launch_forward(problem, with_rest=True)
     return rows
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
-from kernels.core.problem import Problem, new_lse
+from kernels.core.problem import Problem, new_lse, new_rest
 from kernels.derivatives import Function, ask_for_gradients, gradients, is_transformed, run
 from kernels.operators import operator
 
@@ -19,23 +19,30 @@ PROBLEM = (
 TENSORS, KEY_BIAS = map(Problem._fields.index, ("scale", "key_bias"))
 
 
-def _forward_results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), new_lse(q)
+def _forward_results(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    return o, new_lse(q), new_rest(o, with_rest=others[-1])
 
 
-@operator(f"forward({PROBLEM}) -> (Tensor, Tensor)", fake=_forward_results, folds=True)
-def core_forward(*problem: Any) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] and its base-2 lse [B, HQ, parts, Tq] of a `Problem`.
+@operator(
+    f"forward({PROBLEM}, bool with_rest) -> (Tensor, Tensor, Tensor)",
+    fake=_forward_results,
+    folds=True,
+)
+def core_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, Tq, HQ, D_V], its base-2 lse [B, HQ, parts, Tq] and its rest, of a `Problem`.
 
-    With a bias of the keys, each query's lse is less that of its own key.
+    With a bias of the keys, each query's lse is less that of its own key. The rest is what rounding
+    takes off o, for the backward; it has no elements in fp32 or unless asked for.
     """
     from kernels.core.forward import launch_forward
 
-    return launch_forward(Problem(*problem))
+    *problem, with_rest = arguments
+    return launch_forward(Problem(*problem), with_rest)
 
 
 def _backward_results(*arguments: Any) -> tuple[Tensor, ...]:
-    *problem, _o, lse_log2, _do, _dlse_log2, with_excess = arguments
+    *problem, _o, lse_log2, _rest, _do, _dlse_log2, with_excess = arguments
     q, key_bias = problem[0], problem[KEY_BIAS]
     gradients = (q.new_empty((0,) * 4 if x is None else x.shape) for x in problem[:5])
     delta, nothing = torch.empty_like(lse_log2[:, :, 0]), (0,) * 3
@@ -44,7 +51,7 @@ def _backward_results(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @operator(
-    f"backward({PROBLEM}, Tensor o, Tensor lse_log2, Tensor do, Tensor? dlse_log2, "
+    f"backward({PROBLEM}, Tensor o, Tensor lse_log2, Tensor rest, Tensor do, Tensor? dlse_log2, "
     "bool with_excess) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_results,
     folds=True,
@@ -52,37 +59,40 @@ def _backward_results(*arguments: Any) -> tuple[Tensor, ...]:
 def core_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope, dkey_bias, delta = <do, o> - dlse and excess = sum_j dS.
 
-    The last two are [B, HQ, Tq], delta of o unrounded where there are sinks or a bias.
+    The last two are [B, HQ, Tq].
     """
     from kernels.core.backward import launch_backward
 
-    *problem, o, lse_log2, do, dlse_log2, with_excess = arguments
-    return launch_backward(Problem(*problem), o, lse_log2, do, dlse_log2, with_excess)
+    *problem, o, lse_log2, rest, do, dlse_log2, with_excess = arguments
+    return launch_backward(Problem(*problem), o, lse_log2, rest, do, dlse_log2, with_excess)
 
 
 class _AttentionFunction(Function):
-    """o and its base-2 lse, which has a gradient if asked to; keeps the inputs and both."""
+    """o, its lse, with a gradient if asked to, and its rest; keeps the inputs and all three."""
 
     @staticmethod
-    def forward(with_lse: bool, *problem: Any) -> tuple[Tensor, Tensor]:
-        results: tuple[Tensor, Tensor] = core_forward(*problem)
+    def forward(with_lse: bool, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = core_forward(*problem, True)
         return results
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         with_lse, *problem = inputs
         ctx.save_for_backward(*problem[:TENSORS], *output)
         ctx.plain, ctx.with_lse = problem[TENSORS:], with_lse
-        if not (with_lse or torch.compiler.is_compiling()):  # which makes unread zeros nothing
+        if not torch.compiler.is_compiling():  # which makes unread zeros nothing
             ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse_log2: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, o, lse_log2 = ctx.saved_tensors
+    def backward(
+        ctx: Any, do: Tensor | None, dlse_log2: Tensor | None, _: Any
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, o, lse_log2, rest = ctx.saved_tensors
         problem = Problem(*tensors, *ctx.plain)
+        do = torch.zeros_like(o) if do is None else do
         dlse_log2 = dlse_log2 if ctx.with_lse else None
         *own, dkey_bias, delta, _ = gradients(
-            core_backward, *problem, o, lse_log2, do, dlse_log2, False
+            core_backward, *problem, o, lse_log2, rest, do, dlse_log2, False
         )
         present = (d if x is not None else None for x, d in zip(problem, own, strict=False))
         dsinks, weights = None, problem.sink_weights(lse_log2)
@@ -107,12 +117,13 @@ class _Joined(torch.autograd.Function):
 
 def fused_attention(problem: Problem, with_lse: bool = False) -> tuple[Tensor, Tensor]:
     """o [B, Tq, HQ, D_V] and base-2 lse [B, HQ, parts, Tq], which has a gradient if asked to."""
-    results: tuple[Tensor, Tensor]
-    if not ask_for_gradients(*problem[:TENSORS]):
-        results = core_forward(*problem)
-        return results
-    results = run(_AttentionFunction, with_lse, *problem)
-    return results
+    o: Tensor
+    lse_log2: Tensor
+    if ask_for_gradients(*problem[:TENSORS]):
+        o, lse_log2, _ = run(_AttentionFunction, with_lse, *problem)
+    else:
+        o, lse_log2, _ = core_forward(*problem, False)
+    return o, lse_log2
 
 
 @overload

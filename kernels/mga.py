@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import checks, reference, sdpa
 from kernels.autocast import without_autocast
-from kernels.core.problem import Genes, Problem, new_lse
+from kernels.core.problem import Genes, Problem, new_lse, new_rest
 from kernels.derivatives import Function, ask_for_gradients, gradients, run
 from kernels.operators import operator
 from kernels.reference import closed_form_fitness
@@ -66,29 +66,34 @@ def _selected(genes: Genes, q: Tensor, k: Tensor, v: Tensor) -> Problem:
     return Problem(q, k, v, cu_seqlens=genes.cu_seqlens, window_size=genes.window_size)
 
 
-def _select_results(g: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    v = arguments[-1]
-    return g.new_empty(*g.shape[:-1], v.shape[-1]), new_lse(g)
+def _select_results(g: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *_, v, with_rest = arguments
+    o = g.new_empty(*g.shape[:-1], v.shape[-1])
+    return o, new_lse(g), new_rest(o, with_rest)
 
 
-@operator(f"select({GENES}, Tensor v) -> (Tensor, Tensor)", fake=_select_results, folds=True)
-def _select(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """o and base-2 lse of the attention that selects among v by the fitness of `Genes`."""
+@operator(
+    f"select({GENES}, Tensor v, bool with_rest) -> (Tensor, Tensor, Tensor)",
+    fake=_select_results,
+    folds=True,
+)
+def _select(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """o, base-2 lse and rest of the attention that selects among v by the fitness of `Genes`."""
     from kernels.core.fitness import launch_fitness
     from kernels.core.forward import launch_forward
 
-    *given, v = arguments
+    *given, v, with_rest = arguments
     genes = Genes(*given)
-    return launch_forward(_selected(genes, *launch_fitness(genes), v))
+    return launch_forward(_selected(genes, *launch_fitness(genes), v), with_rest)
 
 
 def _select_backward_results(*arguments: Any) -> tuple[Tensor, ...]:
-    *genes, v, _o, _lse_log2, _do = arguments
+    *genes, v, _o, _lse_log2, _rest, _do = arguments
     return v.new_empty(v.shape), *_fitness_backward_results(*genes)
 
 
 @operator(
-    f"select_backward({GENES}, Tensor v, Tensor o, Tensor lse_log2, Tensor do)"
+    f"select_backward({GENES}, Tensor v, Tensor o, Tensor lse_log2, Tensor rest, Tensor do)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_select_backward_results,
 )
@@ -97,11 +102,11 @@ def _select_backward(*arguments: Any) -> tuple[Tensor, ...]:
     from kernels.core.backward import launch_backward
     from kernels.core.fitness import launch_fitness, launch_fitness_backward, sum_blocks
 
-    *given, v, o, lse_log2, do = arguments
+    *given, v, o, lse_log2, rest, do = arguments
     genes = Genes(*given)
     windows = sum_blocks(genes)
     problem = _selected(genes, *launch_fitness(genes, windows), v)
-    dq, dk, dv, *_, excess = launch_backward(problem, o, lse_log2, do, None, with_excess=True)
+    dq, dk, dv, *_, excess = launch_backward(problem, o, lse_log2, rest, do, None, with_excess=True)
     return dv, *launch_fitness_backward(genes, dq, dk, excess, windows)
 
 
@@ -127,24 +132,26 @@ class _FitnessFunction(Function):
 
 
 class _GeneticFunction(Function):
-    """o and its lse, which has no gradient; keeps the inputs and both for the backward."""
+    """o, and its lse and rest, which have no gradient; keeps the inputs and all three."""
 
     @staticmethod
-    def forward(v: Tensor, *genes: Any) -> tuple[Tensor, Tensor]:
-        results: tuple[Tensor, Tensor] = _select(*genes, v)
+    def forward(v: Tensor, *genes: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = _select(*genes, v, True)
         return results
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         v, *genes = inputs
         ctx.save_for_backward(*genes[:TENSORS], v, *output)
         ctx.plain = genes[TENSORS:]
+        if not torch.compiler.is_compiling():  # which makes unread zeros nothing
+            ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        *tensors, v, o, lse_log2 = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, v, o, lse_log2, rest = ctx.saved_tensors
         genes = Genes(*tensors, *ctx.plain)
-        dv, dg, de, dpressure = gradients(_select_backward, *genes, v, o, lse_log2, do)
+        dv, dg, de, dpressure = gradients(_select_backward, *genes, v, o, lse_log2, rest, do)
         assert genes.pressure is not None
         dpressure = dpressure.to(genes.pressure.dtype)
         return dv, dg, None if genes.e is None else de, dpressure, *(None,) * (len(genes) - 3)
@@ -255,9 +262,9 @@ def genetic_attention(
         genes = Genes(g, e, selection_pressure, cos, sin, cu_seqlens, window_size, environment)
         o: Tensor
         if ask_for_gradients(v, *genes[:TENSORS]):
-            o, _ = run(_GeneticFunction, v, *genes)
+            o, *_ = run(_GeneticFunction, v, *genes)
         else:
-            o, _ = _select(*genes, v)
+            o, *_ = _select(*genes, v, False)
         return o
     select = sdpa.genetic_attention if way == "sdpa" else reference.genetic_attention
     return select(

@@ -47,11 +47,13 @@ DELTA_ELEMENTS = 4096  # of a tile
 
 @triton.jit(do_not_specialize=["q_tokens"])
 def delta_kernel(
-    o_ptr, do_ptr, lse_log2_ptr, dlse_log2_ptr, delta_ptr, o_strides, do_strides,
+    o_ptr, o_rest_ptr, do_ptr, lse_log2_ptr, dlse_log2_ptr, delta_ptr,
+    o_strides, o_rest_strides, do_strides,
     batches, q_heads, q_tokens, D_V: tl.constexpr, LSE_PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = <do, o> - dlse for BLOCK_M queries of one head, 0 where a query sees no key.
 
+    The rest, if there is one, is what rounding has taken off o.
     Grid: (query tiles * B * HQ,).
     """
     tile, batch, head = locate_program(batches, q_heads)
@@ -60,6 +62,10 @@ def delta_kernel(
     do_matrix = head_matrix(do_ptr, do_strides, batch, head, q_tokens)
     o = load_rows(o_matrix, start, BLOCK_M, D_V)
     do = load_rows(do_matrix, start, BLOCK_M, D_V)
+    rest = ()
+    if o_rest_ptr is not None:
+        rest_matrix = head_matrix(o_rest_ptr, o_rest_strides, batch, head, q_tokens)
+        rest = load_rows(rest_matrix, start, BLOCK_M, D_V)
     lse_log2_ptr = at_lse(lse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
     lse_log2 = load_vector(lse_log2_ptr, start, q_tokens, BLOCK_M)
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -67,7 +73,10 @@ def delta_kernel(
         dlse_log2_ptr = at_lse(dlse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
         delta -= load_vector(dlse_log2_ptr, start, q_tokens, BLOCK_M) * LOG2_E
     for part in tl.static_range(len(o)):
-        delta += tl.sum(rounded(o[part].to(tl.float32) * do[part].to(tl.float32)), 1)
+        whole = o[part].to(tl.float32)
+        if len(rest):
+            whole += rest[part].to(tl.float32)
+        delta += tl.sum(rounded(whole * do[part].to(tl.float32)), 1)
     delta = tl.where(lse_log2 == float("-inf"), 0.0, delta)
     delta_ptr = at_row_vector(delta_ptr, batch, head, q_heads, q_tokens)
     store_vector(delta_ptr, delta, start, q_tokens, BLOCK_M)
@@ -115,8 +124,8 @@ def dq_kernel(
 ):  # fmt: skip
     """dq = scale dS k for BLOCK_M queries of one head, where dS = P (do v^T - delta).
 
-    A row of dS sums to 0 but for rounding and a sink; that excess is wanted where all keys have a
-    part in common, which multiplies it, and for the gradient of the sink.
+    Without a sink a row of dS sums to 0 but for rounding; that excess is wanted where all keys have
+    a part in common, which multiplies it.
     Grid: (query tiles * B * HQ,), the last queries, who see the most keys, first.
     """
     tile, batch, head = locate_program(batches, q_heads)
@@ -281,16 +290,16 @@ def launch_backward(
     problem: Problem,
     o: Tensor,
     lse_log2: Tensor,
+    rest: Tensor,
     do: Tensor,
     dlse_log2: Tensor | None,
     with_excess: bool,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dq_rope, dk_rope, dkey_bias like their tensors, delta and excess [B, HQ, Tq].
 
-    lse_log2 and its gradient are [B, HQ, parts, Tq], None is a gradient of zeros. The gradients of
-    absent tensors are empty, and so is excess, what rounding makes of sum_j dS_ij = 0, unless
-    asked for. The gradients of sinks and of a bias sum over queries, and so would their delta's
-    errors: theirs is that of o unrounded.
+    lse_log2 and its gradient are [B, HQ, parts, Tq], None is a gradient of zeros; rest is what
+    rounding has taken off o, or empty. The gradients of absent tensors are empty, and so is excess,
+    what rounding makes of sum_j dS_ij = 0, unless asked for.
     """
     inputs = problem[:5]
     problem, o, do = problem.even, even_rows(o), even_rows(do)
@@ -300,8 +309,7 @@ def launch_backward(
     batches, q_tokens, q_heads, _ = q.shape
     k_tokens, k_heads = k.shape[1:3]
     delta = lse_log2.new_empty(batches, q_heads, q_tokens)
-    is_exact = problem.sinks is not None or problem.key_bias is not None
-    excess = lse_log2.new_empty(delta.shape) if with_excess or is_exact else None
+    excess = lse_log2.new_empty(delta.shape) if with_excess else None
     arguments = problem.kernel_arguments
     arguments |= {"do_ptr": do, "lse_log2_ptr": lse_log2, "delta_ptr": delta}
 
@@ -311,6 +319,7 @@ def launch_backward(
         cdiv(q_tokens, delta_rows) * batches * q_heads,
         **arguments,
         o_ptr=o,
+        o_rest_ptr=even_rows(rest) if rest.numel() else None,
         dlse_log2_ptr=dlse_log2,
         BLOCK_M=delta_rows,
     )
@@ -326,10 +335,6 @@ def launch_backward(
         HAS_EXCESS=excess is not None,
         **tile.options,
     )
-    if is_exact and excess is not None:
-        delta = problem.exact_delta(delta, excess, lse_log2, dlse_log2)
-        if problem.key_bias is not None:
-            arguments["delta_ptr"] = delta
     shares = None  # of each key head in dk_rope
     if k_rope is not None:
         shape = batches, k_tokens, k_heads, k_rope.shape[-1]
@@ -359,6 +364,5 @@ def launch_backward(
         q.new_empty((0,) * 4) if x is None or d is None else without_padding(d, x.shape[-1])
         for d, x in zip((dq, dk, dv, dq_rope, dk_rope), inputs, strict=True)
     )
-    excess = excess if with_excess else None
     dbias, excess = (delta.new_empty((0,) * 3) if x is None else x for x in (dbias, excess))
     return *gradients, dbias.transpose(1, 2).contiguous(), delta, excess

@@ -16,12 +16,13 @@ from kernels.core.primitives import (
     load_rows,
     locate_program,
     plan_tiles,
+    rounding_rests,
     scale_rows,
     store_rows,
     tile_partners,
     zero_rows,
 )
-from kernels.core.problem import Problem, cdiv, new_lse, without_padding
+from kernels.core.problem import Problem, cdiv, new_lse, new_rest, without_padding
 from kernels.core.softmax import (
     add_bias,
     at_lse,
@@ -63,8 +64,8 @@ def attend(
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens", "shift", "behind", "ahead"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, lse_log2_ptr, sinks_ptr, bias_ptr,
-    bounds_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, o_ptr, o_rest_ptr, lse_log2_ptr, sinks_ptr,
+    bias_ptr, bounds_ptr,
     q_strides, k_strides, v_strides, q_rope_strides, k_rope_strides, o_strides,
     batches, q_heads, k_heads, v_heads, q_tokens, k_tokens, shift, behind, ahead, scale_log2,
     D_QK: tl.constexpr, D_V: tl.constexpr, D_ROPE: tl.constexpr,
@@ -74,7 +75,8 @@ def forward_kernel(
 ):  # fmt: skip
     """o = softmax(scale q k^T + bias) v, and its base-2 lse, for BLOCK_M queries of one head.
 
-    The lse is less the bias of the query's own key.
+    The lse is less the bias of the query's own key. What rounding takes off o is stored, too, where
+    o_rest_ptr says; its strides are those of o.
     Grid: (query tiles * B * HQ,), the last queries, who see the most keys, first.
     """
     tile, batch, head = locate_program(batches, q_heads)
@@ -113,18 +115,25 @@ def forward_kernel(
     o = scale_rows(o, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None])
     o_matrix = head_matrix(o_ptr, o_strides, batch, head, q_tokens)
     store_rows(o_matrix, o, start, BLOCK_M, D_V)
+    if o_rest_ptr is not None:
+        rest_matrix = head_matrix(o_rest_ptr, o_strides, batch, head, q_tokens)
+        rests = rounding_rests(o, o_ptr.dtype.element_ty)
+        store_rows(rest_matrix, rests, start, BLOCK_M, D_V)
     lse_log2_ptr = at_lse(lse_log2_ptr, batch, head, q_heads, q_tokens, LSE_PARTS)
     store_lse(lse_log2_ptr, row_max_log2, row_sum, start, q_tokens, BLOCK_M, LSE_PARTS)
 
 
-def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """o [B, Tq, HQ, D_V] in q's type and the base-2 lse [B, HQ, parts, Tq] in fp32."""
+def launch_forward(problem: Problem, with_rest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, Tq, HQ, D_V] in q's type, the base-2 lse [B, HQ, parts, Tq] in fp32, o's rest.
+
+    The last is what rounding takes off o, like o, and empty in fp32 or unless asked for.
+    """
     width = problem.v.shape[-1]
     problem = problem.even
     q, sinks = problem.q, problem.sinks
     batches, q_tokens, q_heads, _ = q.shape
     o = q.new_empty(batches, q_tokens, q_heads, problem.v.shape[-1])
-    lse_log2 = new_lse(q)
+    lse_log2, rest = new_lse(q), new_rest(o, with_rest)
     arguments = problem.kernel_arguments
     tile = tiles.choose("forward", q, tiles.tile_width(arguments))
     launch(
@@ -132,9 +141,10 @@ def launch_forward(problem: Problem) -> tuple[Tensor, Tensor]:
         cdiv(q_tokens, tile.block_m) * batches * q_heads,
         **arguments,
         o_ptr=o,
+        o_rest_ptr=rest if rest.numel() else None,
         lse_log2_ptr=lse_log2,
         sinks_ptr=sinks,
         HAS_SINKS=sinks is not None,
         **tile.options,
     )
-    return without_padding(o, width), lse_log2
+    return without_padding(o, width), lse_log2, without_padding(rest, width)

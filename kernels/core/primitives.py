@@ -193,6 +193,15 @@ def scale_rows(tiles, factor):
 
 
 @triton.jit
+def rounding_rests(tiles, dtype: tl.constexpr):
+    """What rounding to a type takes off every tile."""
+    rests = ()
+    for part in tl.static_range(len(tiles)):
+        rests = rests + (tiles[part] - cast(tiles[part], dtype).to(tl.float32),)
+    return rests
+
+
+@triton.jit
 def inner_products(a, b, PRECISION: tl.constexpr):
     """a b^T of rows in tiles, in fp32."""
     total = None

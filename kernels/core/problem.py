@@ -59,19 +59,6 @@ class Problem(NamedTuple):
         finite = lse_log2[:, :, 0].clamp(min=torch.finfo(torch.float32).min)  # as sinks may not be
         return torch.exp2(sinks * LOG2_E - finite)
 
-    def exact_delta(
-        self, delta: Tensor, excess: Tensor, lse_log2: Tensor, dlse_log2: Tensor | None
-    ) -> Tensor:
-        """delta of o unrounded, where sum_j dS_ij, of the keys alone, should not be the excess.
-
-        That sum is <do, o> - (1 - P_sink) delta with the delta that was taken.
-        """
-        weights = self.sink_weights(lse_log2)
-        exact = excess + (delta if weights is None else (1 - weights) * delta)
-        if dlse_log2 is not None:
-            exact -= dlse_log2[:, :, 0] * LOG2_E
-        return exact
-
     @property
     def kernel_arguments(self) -> dict[str, Any]:
         """The keyword arguments that the forward, dq and dk/dv kernels have in common."""
@@ -143,7 +130,7 @@ def even_rows(x: Tensor) -> Tensor:
 
 def without_padding(x: Tensor, width: int) -> Tensor:
     """The first columns of contiguous even rows, contiguous."""
-    return x if x.shape[-1] == width else x[..., :width].contiguous()
+    return x if x.shape[-1] <= width else x[..., :width].contiguous()
 
 
 def cdiv(a: int, b: int) -> int:
@@ -209,6 +196,11 @@ def new_lse(q: Tensor) -> Tensor:
     """An empty base-2 lse for queries q, [B, HQ, parts, Tq]."""
     batches, tokens, heads, _ = q.shape
     return q.new_empty(batches, heads, lse_parts(q), tokens, dtype=torch.float32)
+
+
+def new_rest(o: Tensor, with_rest: bool) -> Tensor:
+    """An empty tensor for what rounding takes off o; of no elements in fp32, or if not wanted."""
+    return o.new_empty(o.shape if with_rest and o.dtype != torch.float32 else (0,) * 4)
 
 
 def log2_scale(scale: float) -> float:

@@ -102,6 +102,12 @@ ATTENTION_CASES = [
         "sinks-rows-without-keys", q_tokens=30, k_tokens=20, q_heads=32, width=16, sinks=True
     ),
     AttentionCase("scale", q_tokens=65, scale=0.3),
+    # Few keys take most of a row, so that an error of its delta is most of its gradients' errors.
+    AttentionCase("sharp", q_tokens=129, scale=1.0),
+    AttentionCase(
+        "sharp-sinks", q_tokens=65, q_heads=32, k_heads=8, width=32, scale=0.5, sinks=True
+    ),
+    AttentionCase("sharp-bias", q_tokens=129, scale=1.0, bias=0.0),
     AttentionCase("bias", q_tokens=140, q_heads=6, k_heads=2, width=16, bias=0.0),
     AttentionCase("bias-late", batch=2, q_tokens=65, window_size=40, bias=131_072.0),
     # The last tiles that these bring to a GPU's shared memory lie where its results pass.

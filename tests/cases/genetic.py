@@ -27,6 +27,7 @@ class GeneticCase:
     window_size: int = 20
     environment: str = "query"
     rotary: bool = True
+    pressure: float = 1.0  # the least one
     lengths: tuple[int, ...] | None = None  # packed sequences
     contiguous: bool = True
 
@@ -61,7 +62,7 @@ class GeneticCase:
             "g": random_tensor(genes, *how),
             "e": random_tensor(genes, *how) if self.environment == "query" else None,
             "v": random_tensor((*tokens, v_heads, v_width), *how),
-            "selection_pressure": 1 + 4 * torch.rand(self.heads).to(device),
+            "selection_pressure": self.pressure + 4 * torch.rand(self.heads).to(device),
             "cu_seqlens": sequence_offsets(self.lengths, device),
         }
 
@@ -108,6 +109,7 @@ GENETIC_CASES = [
         for environment in ("query", "kin", "none")
         for rotary in (True, False)
     ),
+    GeneticCase("kin-sharp", tokens=129, window_size=70, environment="kin", pressure=8.0),
     GeneticCase("kin-window-over-T", width=32, window_size=50, environment="kin"),
     GeneticCase("packed", tokens=150, heads=2, width=32, lengths=(70, 1, 0, 79)),
     GeneticCase(

@@ -69,7 +69,7 @@ class LatentCase:
 
 LATENT_CASES = [
     LatentCase("smollm", tokens=40, heads=9),
-    LatentCase("deepseek", tokens=40, nope=128, rope=64, v_width=128),
+    LatentCase("deepseek", tokens=20, nope=128, rope=64, v_width=128),
     LatentCase("rope-free", rope=0),
     LatentCase("widths-40-8-24", nope=40, rope=8, v_width=24),
     LatentCase("widths-16-64-16", nope=16, rope=64, v_width=16),
@@ -85,5 +85,6 @@ LATENT_CASES = [
     LatentCase("strided", batch=2, nope=32, rope=32, contiguous=False),
     LatentCase("strided-rope-free", nope=32, rope=0, v_width=48, contiguous=False),
     LatentCase("scale", nope=32, rope=16, scale=0.3),
+    LatentCase("sharp", tokens=65, nope=32, rope=16, scale=1.0),
     LatentCase("bias", tokens=70, nope=32, rope=16, window_size=40, bias=0.0),
 ]

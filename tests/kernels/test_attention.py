@@ -62,13 +62,14 @@ def test_parity(case, impl):
 
 @EACH_FUSED
 @cases("smollm", "tokens-17", "window-across-blocks", "width-96", "value-heads-8-4-2",
-       "packed-window", "fewer-queries-window", "strided", "sinks-window")  # fmt: skip
+       "packed-window", "fewer-queries-window", "strided", "sinks-window", "sharp", "sharp-sinks",
+       "sharp-bias")  # fmt: skip
 def test_parity_in_bfloat16(case, impl):
     assert_case_parity(case, torch.bfloat16, impl)
 
 
 @EACH_FUSED
-@cases("tokens-65", "width-40", "sinks")
+@cases("tokens-65", "width-40", "sinks", "sharp", "sharp-sinks", "sharp-bias")
 def test_parity_in_float16(case, impl):
     assert_case_parity(case, torch.float16, impl)
 
@@ -146,13 +147,15 @@ class Ops(TorchDispatchMode):
         return result
 
 
-def test_nothing_is_quadratic_and_nothing_is_copied():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nothing_is_quadratic_and_nothing_is_copied(dtype):
+    """Kept are the inputs, o, the lse and what rounding takes off: in fp32 the lse, else o."""
     tokens = 300
     case = AttentionCase("strided", q_tokens=tokens, width=16, window_size=70, contiguous=False)
-    leaves = {n: x for n, x in case.inputs(torch.float32, DEVICE).items() if x is not None}
+    leaves = {n: x for n, x in case.inputs(dtype, DEVICE).items() if x is not None}
     for x in leaves.values():
         x.requires_grad_()
-    do = case.inputs(torch.float32, DEVICE)["q"]
+    do = case.inputs(dtype, DEVICE)["q"]
     assert not do.is_contiguous()
     kept = []
     with Ops() as ops:
@@ -162,7 +165,10 @@ def test_nothing_is_quadratic_and_nothing_is_copied():
     assert ops.largest == tokens * 3 * 16
     assert not ops.names & {"clone", "copy_", "contiguous", "_to_copy"}
     shapes = [tuple(x.shape) for x in kept]
-    assert shapes == [tuple(x.shape) for x in (*leaves.values(), o)] + [(1, 3, 2, tokens)]
+    lse, rest = (1, 3, 2, tokens), (0,) * 4
+    if dtype == torch.bfloat16:
+        lse, rest = (1, 3, 1, tokens), tuple(o.shape)
+    assert shapes == [tuple(x.shape) for x in (*leaves.values(), o)] + [lse, rest]
     assert all(any(x.data_ptr() == y.data_ptr() for x in kept) for y in leaves.values())
 
 
@@ -200,18 +206,20 @@ def test_fp32_weights_lose_nothing_to_a_large_lse():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
-def test_opcheck(rotary):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16-rotary"])
+def test_opcheck(dtype):
     inputs = [random(1, 20, 6, 16), random(1, 20, 2, 16), random(1, 20, 2, 24)]
-    inputs += [random(1, 20, 6, 8), random(1, 20, 8)] if rotary else [None, None]
+    inputs += [random(1, 20, 6, 8), random(1, 20, 8)]
+    inputs = [x.to(dtype) for x in inputs] if dtype == torch.bfloat16 else [*inputs[:3], None, None]
     sinks, cu_seqlens = random(6), torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
     problem = Problem(*inputs, sinks, None, cu_seqlens, scale=0.25, window_size=5)
     ops = torch.ops.smollm_attention
-    torch.library.opcheck(ops.forward.default, problem)
-    o, lse = ops.forward(*problem)
+    torch.library.opcheck(ops.forward.default, (*problem, True))
+    o, lse, rest = ops.forward(*problem, True)
+    assert rest.numel() == (0 if dtype == torch.float32 else o.numel())
     gradients = torch.randn_like(o), torch.randn_like(lse)
     for with_excess in (False, True):
-        arguments = (*problem, o, lse, *gradients, with_excess)
+        arguments = (*problem, o, lse, rest, *gradients, with_excess)
         torch.library.opcheck(ops.backward.default, arguments)
 
 

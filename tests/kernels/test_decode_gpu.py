@@ -8,7 +8,6 @@ from cases import DECODE_CASES, LATENT_CASES, DecodeCase, LatentCase
 from numerics import assert_close_to_truth
 from test_decode import assert_case_parity as assert_decode_parity
 from test_decode import caches, decode
-from test_latent import PEAKED
 from test_latent import assert_case_parity as assert_latent_parity
 
 pytestmark = pytest.mark.gpu
@@ -20,13 +19,11 @@ LONGER = [
 ]
 SMOLLM = DecodeCase("smollm", q_heads=9, k_heads=3)
 LATENT = DecodeCase("latent", q_heads=9, width=288, rope=32, latent=True)
-# The other one has a bound of its own in test_latent.py.
-NOT_PEAKED = [case for case in LATENT_CASES if case.name != PEAKED]
 BOTH_OPS = pytest.mark.parametrize("case", [SMOLLM, LATENT], ids=lambda case: case.name)
 
 
 @HALVES
-@pytest.mark.parametrize("case", [*NOT_PEAKED, *LONGER], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LATENT_CASES, *LONGER], ids=lambda case: case.name)
 def test_latent_parity(case, dtype):
     assert_latent_parity(case, dtype)
 

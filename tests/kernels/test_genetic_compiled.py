@@ -23,9 +23,10 @@ def test_opcheck(environment):
         upstream = (q, k, excess) if of_selection[0] is not None else (q, None, None)
         torch.library.opcheck(ops.fitness_backward.default, (*genes, *upstream))
     genes, v = (g, e, pressure, *case.rope(DEVICE), *arguments), torch.randn_like(g)
-    torch.library.opcheck(ops.select.default, (*genes, v))
-    o, lse_log2 = ops.select(*genes, v)
-    torch.library.opcheck(ops.select_backward.default, (*genes, v, o, lse_log2, torch.rand_like(o)))
+    torch.library.opcheck(ops.select.default, (*genes, v, True))
+    o, lse_log2, rest = ops.select(*genes, v, True)
+    upstream = torch.rand_like(o)
+    torch.library.opcheck(ops.select_backward.default, (*genes, v, o, lse_log2, rest, upstream))
 
 
 @pytest.mark.slow

@@ -93,13 +93,13 @@ def test_opcheck():
     bias = random(2, 20, 6).double()
     problem = Problem(q, k, v, sinks=random(6), key_bias=bias, scale=0.25, window_size=5)
     ops, tests = torch.ops.smollm_attention, ("test_schema", "test_faketensor")
-    o, lse = ops.forward(*problem)
+    o, lse, rest = ops.forward(*problem, True)
     gradients = torch.randn_like(o), torch.randn_like(lse)
     lengths = torch.tensor([25, 7], dtype=torch.int32, device=DEVICE)
     decoded = (q[:, :3], k, v, None, None, lengths, None, bias, 9, 0.25)
     calls = [
-        (ops.forward, problem),
-        (ops.backward, (*problem, o, lse, *gradients, True)),
+        (ops.forward, (*problem, True)),
+        (ops.backward, (*problem, o, lse, rest, *gradients, True)),
         (ops.decode, decoded),
         (ops.sdpa_decode, decoded),
     ]

@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 import torch
 from cases import LATENT_CASES, LatentCase
-from numerics import assert_parity, three_ways
+from numerics import assert_parity
 from test_attention import DEVICE, EACH_FUSED, _outputs_start_as_nan, random  # noqa: F401 (autouse)
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
 
 BY_NAME = {case.name: case for case in LATENT_CASES}
-PEAKED = "scale"  # whose rows few keys take
 ALL_CASES = pytest.mark.parametrize("case", LATENT_CASES, ids=lambda case: case.name)
 
 
@@ -40,25 +39,15 @@ def test_parity(case, impl):
 
 
 @EACH_FUSED
-@cases("rope-free", "widths-40-8-24", "tokens-65", "packed-window", "strided")
+@cases("rope-free", "widths-40-8-24", "tokens-65", "packed-window", "strided", "scale", "sharp")
 def test_parity_in_bfloat16(case, impl):
     assert_case_parity(case, torch.bfloat16, impl)
 
 
 @EACH_FUSED
-@cases("window-in-block")
+@cases("window-in-block", "sharp")
 def test_parity_in_float16(case, impl):
     assert_case_parity(case, torch.float16, impl)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_rows_that_few_keys_take_err_less_than_twice_as_much(dtype):
-    """In half precision, where delta is that of o as stored, as in every flash attention."""
-    case = BY_NAME[PEAKED]
-    found = three_ways(attend(case), attend(case, "eager"), case.inputs(dtype, DEVICE))
-    for name, truth in found[2].items():
-        error, twin_error = (float((x[name] - truth).detach().norm()) for x in found[:2])
-        assert error < 2 * twin_error, name
 
 
 @EACH_FUSED
@@ -142,7 +131,7 @@ def test_nothing_is_quadratic_and_nothing_is_copied():
 
     o, operators, allocated = measured(forward)
     lse_bytes = 2 * case.tokens * case.heads * 4  # fp32 inputs: with its rounding
-    assert sorted(allocated) == [lse_bytes, o.nbytes]
+    assert sorted(size for size in allocated if size) == [lse_bytes, o.nbytes]
     assert not operators & {
         f"aten::{n}" for n in ("cat", "clone", "contiguous", "expand", "repeat")
     }
@@ -151,7 +140,7 @@ def test_nothing_is_quadratic_and_nothing_is_copied():
     expected = [q_nope, k_nope, v, q_rope, k_rope, o]
     assert [tuple(x.shape) for x in kept[:6]] == [tuple(x.shape) for x in expected]
     assert [x.data_ptr() for x in kept[:6]] == [x.data_ptr() for x in expected]
-    assert [x.nbytes for x in kept[6:]] == [lse_bytes]
+    assert [x.nbytes for x in kept[6:]] == [lse_bytes, 0]
 
     _, _, allocated = measured(lambda: torch.autograd.grad(o, leaves, torch.ones_like(o)))
     per_head_share = q_rope.nbytes  # of dk_rope, before the heads are summed

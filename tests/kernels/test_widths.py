@@ -250,7 +250,7 @@ def test_the_number_of_tokens_makes_no_tile_plain(tokens, monkeypatch):
     monkeypatch.setattr(backward, "launch", lambda *_, **given: stages.append(given))
     q = torch.empty(2, tokens, 3, 64, dtype=torch.bfloat16, device="meta")
     lse = torch.empty(2, 3, 1, tokens, device="meta")
-    backward.launch_backward(Problem(q, q, q), q, lse, q, None, False)
+    backward.launch_backward(Problem(q, q, q), q, lse, q, q, None, False)
     chosen = [given["num_stages"] for given in stages[1:]]
     assert chosen == [tiles.HALF_PRECISION[90][name][64].num_stages for name in ("dq", "dkdv")]
 
