@@ -113,8 +113,8 @@ def load_rotation(
 ):
     """Rows of the contiguous rotary tables [T, D], where D is half a head's width."""
     kept = lie_between(start, 0, tokens, BLOCK, SEGMENTS)
-    cos = load_columns((cos_ptr, D, tokens), 0, start, kept, BLOCK, SEGMENTS, D)
-    return cos, load_columns((sin_ptr, D, tokens), 0, start, kept, BLOCK, SEGMENTS, D)
+    cos = load_columns((cos_ptr, D, tokens), 0, start, kept, 0.0, BLOCK, SEGMENTS, D)
+    return cos, load_columns((sin_ptr, D, tokens), 0, start, kept, 0.0, BLOCK, SEGMENTS, D)
 
 
 @triton.jit
@@ -238,16 +238,16 @@ def share_kernel(
     g_matrix = head_matrix(g_ptr, g_strides, batch, head, tokens)
     logits_matrix = head_matrix(logits_ptr, logits_strides, batch, head, tokens)
     totals = total_matrix(totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
-    dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, tokens)
-    dgamma = load_halves(dq_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
     size = tl.load(pressure_ptr + head).to(tl.float32) * scale if SELECTS else 1.0
-    if IS_ROTARY:
-        cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
-        dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
     gamma, commonness, genes, one_share, logits = window_fitness(
         g_matrix, logits_matrix, totals, start, behind, bounds_ptr, 1.0,
         BLOCK, SEGMENTS, D_FIRST, D_SECOND, HAS_ENVIRONMENT, IS_VARLEN, ARE_RUNS,
     )  # fmt: skip
+    dq_matrix = head_matrix(dq_ptr, dq_strides, batch, head, tokens)
+    dgamma = load_halves(dq_matrix, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    if IS_ROTARY:
+        cos, sin = load_rotation(cos_ptr, sin_ptr, start, tokens, BLOCK, SEGMENTS, D_FIRST)
+        dgamma = rotate(dgamma, cos, scale_rows(sin, -1.0))
     if SELECTS:
         excess_ptr = at_row_vector(excess_ptr, batch, head, heads, tokens)
         token = tile_tokens(start, BLOCK, SEGMENTS)

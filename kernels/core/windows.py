@@ -83,17 +83,18 @@ def tile_place(
 
 @triton.jit
 def load_columns(
-    matrix, column, start, kept, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr
-):
-    """D columns of a tile in fp32, zero in rows that are not kept."""
+    matrix, column, start, kept, filler,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """D columns of a tile in fp32, with the filler in rows that are not kept."""
     MAIN: tl.constexpr = main_width(D)
     REST: tl.constexpr = padded_width(D) - MAIN
     place, mask = tile_place(matrix, column, start, kept, BLOCK, SEGMENTS, D, MAIN)
-    rows = (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
+    rows = (tl.load(place, mask=mask, other=filler).to(tl.float32),)
     if REST:
         column += MAIN
         place, mask = tile_place(matrix, column, start, kept, BLOCK, SEGMENTS, D - MAIN, REST)
-        rows = rows + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
+        rows = rows + (tl.load(place, mask=mask, other=filler).to(tl.float32),)
     return rows
 
 
@@ -116,13 +117,13 @@ def store_columns(
 
 @triton.jit
 def load_kept(
-    matrix, start, kept,
+    matrix, start, kept, filler,
     BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, D_FIRST: tl.constexpr, D_SECOND: tl.constexpr,
 ):  # fmt: skip
     """A tile of both halves, those of the first before those of the second."""
-    rows = load_columns(matrix, 0, start, kept, BLOCK, SEGMENTS, D_FIRST)
+    rows = load_columns(matrix, 0, start, kept, filler, BLOCK, SEGMENTS, D_FIRST)
     if D_SECOND:
-        rows = rows + load_columns(matrix, D_FIRST, start, kept, BLOCK, SEGMENTS, D_SECOND)
+        rows = rows + load_columns(matrix, D_FIRST, start, kept, filler, BLOCK, SEGMENTS, D_SECOND)
     return rows
 
 
@@ -133,7 +134,7 @@ def load_halves(
 ):  # fmt: skip
     """All of such a tile that lies inside the matrix."""
     kept = lie_between(start, 0, matrix[2], BLOCK, SEGMENTS)
-    return load_kept(matrix, start, kept, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    return load_kept(matrix, start, kept, 0.0, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
 
 
 @triton.jit
@@ -220,10 +221,9 @@ def load_summed(
 ):  # fmt: skip
     """A tile of what is summed, of logits their genes, zero outside rows [begin, end)."""
     kept = lie_between(start, begin, end, BLOCK, SEGMENTS)
-    rows = load_kept(matrix, start, kept, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
-    if ARE_GENES:
-        rows = keep_rows(express(rows), kept)
-    return rows
+    filler = float("-inf") if ARE_GENES else 0.0  # whose gene is 0
+    rows = load_kept(matrix, start, kept, filler, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
+    return express(rows) if ARE_GENES else rows
 
 
 @triton.jit
