@@ -86,5 +86,28 @@ LATENT_CASES = [
     LatentCase("strided-rope-free", nope=32, rope=0, v_width=48, contiguous=False),
     LatentCase("scale", nope=32, rope=16, scale=0.3),
     LatentCase("sharp", tokens=65, nope=32, rope=16, scale=1.0),
+    # Where these windows and sequences begin and end, each comparison of a GPU's masks decides; and
+    # in sharp rows one key too many or too few shows.
+    LatentCase("sharp-window", tokens=245, nope=32, rope=16, v_width=32, window_size=43, scale=1.0),
+    LatentCase(
+        "sharp-bidirectional",
+        tokens=260,
+        nope=32,
+        rope=16,
+        v_width=32,
+        causal=False,
+        lengths=(10, 25, 29, 18, 46, 25, 39, 56, 12),
+        scale=1.0,
+    ),
+    LatentCase(
+        "sharp-one-token",
+        tokens=150,
+        nope=32,
+        rope=16,
+        v_width=32,
+        causal=False,
+        lengths=(56, 56, 1, 37),
+        scale=1.0,
+    ),
     LatentCase("bias", tokens=70, nope=32, rope=16, window_size=40, bias=0.0),
 ]
