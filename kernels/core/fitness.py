@@ -263,7 +263,7 @@ def share_kernel(
     dl, share = (), ()
     for part in tl.static_range(len(gamma)):
         dl = dl + (gamma[part] * (dgamma[part] - mean),)
-        share = share + (-dl[part] * reciprocal(commonness[part]) * one_share,)
+        share = share + (rounded(-dl[part] * reciprocal(commonness[part]) * one_share),)
     share_matrix = head_matrix(share_ptr, share_strides, batch, head, tokens)
     store_halves(share_matrix, share, start, BLOCK, SEGMENTS, D_FIRST, D_SECOND)
     share_totals = total_matrix(share_totals_ptr, batch, head, heads, blocks, D_FIRST + D_SECOND)
