@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench.cycles import program_cycles, tile_cycles
-from bench.ptx import unfenced_products
+from bench.ptx import contracted_sums, unfenced_products
 from bench.sass import matrix_loops, parse
 from kernels.core import tiles
 from kernels.core.primitives import padded_width
@@ -68,6 +68,7 @@ class Row:
     # predicted: of 64 x 64 scores, interior and masked, or of a program of fitness
     cycles: tuple[int, ...] | None = None
     unfenced: int = 0  # wgmma that read registers written behind their fence
+    contracted: int = 0  # sums over lanes that are fused with products
     loop_spills: int | None = None  # instructions that spill in the loops of products, if known
 
     @property
@@ -80,6 +81,8 @@ class Row:
             faults.append("wgmma serialised")
         if self.unfenced:
             faults.append(f"{self.unfenced} wgmma unfenced")
+        if self.contracted:
+            faults.append(f"{self.contracted} sums fused with products")
         if self.shared_bytes > MULTIPROCESSORS[self.arch].block_shared:
             faults.append("too much shared memory")
         if self.arch == 90 and self._suits_wgmma and not self.instructions["HGMMA"]:
@@ -170,6 +173,7 @@ def _row(arch: int, kernel: Any, arguments: dict[str, Any], log: str) -> Row:
         instructions={name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
         warnings=tuple(line for line in log.splitlines() if "(C7" in line),
         unfenced=unfenced_products(kernel.asm["ptx"]),
+        contracted=contracted_sums(kernel.asm["ptx"]),
     )
     if arch != 90 or row.dtype == "float32" or arguments.get("IS_VARLEN"):
         return row
