@@ -306,29 +306,38 @@ def generation(model: SmolLM, corpus: Corpus, config: TrainConfig) -> dict[str, 
     }
 
 
-def _inference(model: SmolLM, corpus: Corpus, config: TrainConfig) -> list[dict[str, float | None]]:
+def _inference(model: SmolLM, corpus: Corpus, config: TrainConfig) -> list[dict[str, float]]:
     """Tokens per second of one sequence at each context: of the prompt, then of each new token."""
     device, new = model.embed_tokens.weight.device, config.generate_tokens
-    found: list[dict[str, float | None]] = []
+    found: list[dict[str, float]] = []
     for context in config.contexts:
         if context + new > model.max_seq_len or context > corpus.val.tokens or new < 2:
             continue
         prompt = next(corpus.val.sequential(1, context)).to(device)
 
-        def seconds(tokens: int, prompt: Tensor = prompt) -> float:
-            synchronize(device)
-            start = time.perf_counter()
-            model.generate(prompt, tokens)
-            synchronize(device)
-            return time.perf_counter() - start
-
         with autocast(config, device), torch.no_grad():
-            seconds(2)
-            first, all_of_them = sorted(seconds(1) for _ in range(3))[1], seconds(new)
-        rest = all_of_them - first
+            _seconds(model, prompt, 2)
+            prefills, rests = zip(*(_seconds(model, prompt, n) for n in (1, 1, new)), strict=True)
         found.append({
             "context": context,
-            "prefill_tokens_per_second": context / first,
-            "decode_tokens_per_second": (new - 1) / rest if rest > 0 else None,
+            "prefill_tokens_per_second": context / sorted(prefills)[1],
+            "decode_tokens_per_second": (new - 1) / rests[-1],
         })  # fmt: skip
     return found
+
+
+def _seconds(model: SmolLM, prompt: Tensor, new: int) -> tuple[float, float]:
+    """How long the first new token takes, and all others."""
+    device = prompt.device
+    first: list[float] = []
+
+    def note(_: Tensor) -> None:
+        if not first:
+            synchronize(device)
+            first.append(time.perf_counter())
+
+    synchronize(device)
+    start = time.perf_counter()
+    model.generate(prompt, new, on_token=note)
+    synchronize(device)
+    return first[0] - start, time.perf_counter() - first[0]
