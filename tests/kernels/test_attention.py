@@ -183,6 +183,27 @@ def test_a_summed_output_has_a_gradient(impl):
 
 
 @EACH_FUSED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_lse_alone_has_gradients(dtype, impl):
+    """o and what rounding takes off it get none."""
+
+    def lse(q, k, v):
+        return kernels.attention(q, k, v, return_lse=True, impl=impl)[1].sum()
+
+    inputs = [random(1, 20, 2, 16).to(dtype) for _ in range(3)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    dq, dk, dv = torch.autograd.grad(lse(*leaves), leaves)
+    assert dv.eq(0).all()
+    expected = torch.func.grad(lse, (0, 1, 2))(*inputs)
+    for x, y in zip((dq, dk, dv), expected, strict=True):
+        assert torch.equal(x, y)
+    rows = torch.stack(inputs)[:, None].expand(3, 2, *inputs[0].shape)
+    of_each = torch.func.vmap(torch.func.grad(lse, (0, 1, 2)))(*rows)
+    for x, y in zip(of_each, expected, strict=True):
+        assert torch.equal(x[0], y) and torch.equal(x[1], y)
+
+
+@EACH_FUSED
 @pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 5, 0)], ids=["B", "Tq", "Tk"])
 def test_empty_tensors(shape, impl):
     batch, q_tokens, k_tokens = shape
